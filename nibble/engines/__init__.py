@@ -1,0 +1,1 @@
+"""Engines: whatever turns a conversation into a stream of text. `base` is the contract; the rest fulfil it."""

@@ -1,0 +1,46 @@
+"""The few kinds of failure that Nibble tells a person about.
+
+Promises that every message says what was wrong and where, and every hint what to do. Knows nothing of how they are shown:
+the console prints them on standard error, the page renders them in the chat, an endpoint returns them as one sentence.
+"""
+
+
+class NibbleError(Exception):
+    """Something a person can mend.
+
+    Args:
+        message: one sentence, what was wrong and where.
+        hint: one sentence, what to do next; may be empty.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".strip()
+
+
+class ConfigError(NibbleError):
+    """A setting, from a flag, the environment or config.yaml, that cannot be used."""
+
+    exit_code = 2
+
+
+class FormatError(NibbleError):
+    """A low-bit format name that is not one of ours."""
+
+
+class ModelError(NibbleError):
+    """A model folder that cannot be loaded as it is."""
+
+
+class DeviceError(NibbleError):
+    """A device that was asked for and is not there, or has not enough memory."""
+
+
+class EngineDied(NibbleError):
+    """The worker process that held the model is gone."""

@@ -1,0 +1,43 @@
+"""What several test files share. Nothing here needs the network, and nothing is written outside a temporary folder."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real models, tokenizers and text made by others; absent in a user's checkout."""
+    if not SHARED.is_dir():
+        pytest.skip("the folder of shared test data is not beside this checkout")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def stories(shared_data: Path) -> Path:
+    """A really trained Llama-2-class model of 260K parameters."""
+    return shared_data / "models" / "stories260K-hf"
+
+
+@pytest.fixture(scope="session")
+def guide_model() -> Path:
+    """The embedded model."""
+    folder = ROOT / "guide" / "model"
+    if not (folder / "config.json").exists():
+        pytest.skip("the guide has not been trained yet: guide/model is empty")
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home of Nibble, named by NIBBLE_HOME."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv("NIBBLE_HOME", str(folder))
+    return folder
