@@ -1,7 +1,7 @@
 """Settings: every one a field with its default and a line of prose; flag > environment > config.yaml > default.
 
-Promises that a bad setting is named with its place and that nothing is read at import. Knows nothing of what the settings
-are used for.
+Promises that a bad setting is named with its place and that nothing is read at import. Knows nothing of what the
+settings are used for.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Settings:
     model: str = setting("guide", "model loaded at start: a name in home/models, `guide`, or a folder")
     low_bit: str = setting("sym_int4", "format in which a full-precision model is loaded")
     device: str = setting("auto", "auto, cpu, xpu or cuda")
-    trust_remote_code: tuple[str, ...] = setting((), "names of models whose own Python code may run; never from the page")
+    trust_remote_code: tuple[str, ...] = setting(
+        (), "names of models whose own Python code may run; never from the page"
+    )
     queue_size: int = setting(256, "requests that may wait; a further one is told that the server is full")
     max_new_tokens_limit: int = setting(4096, "longest answer that a visitor may ask for, in tokens")
 
@@ -148,7 +150,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{where}: {getattr(error, 'problem', None) or 'not valid YAML'}.", "Mend that line.") from None
+        raise ConfigError(
+            f"{where}: {getattr(error, 'problem', None) or 'not valid YAML'}.", "Mend that line."
+        ) from None
     if value is None:
         return {}
     if not isinstance(value, dict):

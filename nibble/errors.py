@@ -1,7 +1,7 @@
 """The few kinds of failure that Nibble tells a person about.
 
-Promises that every message says what was wrong and where, and every hint what to do. Knows nothing of how they are shown:
-the console prints them on standard error, the page renders them in the chat, an endpoint returns them as one sentence.
+Promises that every message says what was wrong and where, and every hint what to do. Knows nothing of how they are
+shown: the console prints them on standard error, the page renders them in the chat, an endpoint returns one sentence.
 """
 
 
