@@ -81,6 +81,8 @@ class Chunk:
     """Oldest turns that did not fit into the context and were left out."""
     place: int = 0
     """Requests that are served before this one; 0 when it is this one's turn."""
+    loading: bool = False
+    """The model is still being loaded, or started again; the answer follows when it is there."""
     finish_reason: FinishReason | None = None
     """Set on the last chunk only."""
     full_text: str | None = None
@@ -118,10 +120,12 @@ class Engine(Protocol):
     @property
     def info(self) -> EngineInfo: ...
 
-    def stream(self, messages: Sequence[Message], sampling: Sampling, stop: threading.Event) -> Iterator[Chunk]:
+    def stream(
+        self, messages: Sequence[Message], sampling: Sampling, stop: threading.Event, visitor: str | None = None
+    ) -> Iterator[Chunk]:
         """Answer the conversation, piece by piece.
 
-        No step blocks longer than 0.5 s: an empty chunk is yielded when there is nothing to tell. Setting `stop` ends
+        Visitors are served in turn; a request without one counts as a visitor of its own. No step blocks longer than 0.5 s: an empty chunk is yielded when there is nothing to tell. Setting `stop` ends
         this request alone, with finish reason "stopped" and the text so far kept. Closing the iterator does the same.
 
         Raises:
