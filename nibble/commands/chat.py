@@ -1,0 +1,69 @@
+"""`nibble chat`: a conversation in the console, streamed; the line `stop` ends it, Ctrl+C ends one answer."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import threading
+from collections.abc import Sequence
+
+from nibble.commands.ask import timing_line
+from nibble.commands.speaking import SETTINGS, add_speaking, load_engine, sampling_from
+from nibble.config import Settings
+from nibble.engines.base import Chunk, Engine, Message, Sampling
+from nibble.errors import NibbleError
+
+__all__ = ["SETTINGS", "configure", "run"]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add this command's own flags."""
+    add_speaking(parser)
+
+
+def run(arguments: argparse.Namespace, settings: Settings) -> None:
+    """Read lines until `stop` or the end of input; answer each with all that was said before in mind."""
+    sampling = sampling_from(arguments)
+    engine = load_engine(settings)
+    info = engine.info
+    print(f"{info.model} · {info.format} · {info.device} · template: {info.template}. The line `stop` ends the chat.")
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - arrow keys and history in input()
+    messages: list[Message] = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    try:
+        while True:
+            try:
+                line = input("\n> ").strip()
+            except EOFError:
+                return
+            if line == "stop":
+                return
+            if line:
+                messages = answer(engine, [*messages, {"role": "user", "content": line}], sampling)
+    finally:
+        engine.close()
+
+
+def answer(engine: Engine, messages: Sequence[Message], sampling: Sampling) -> list[Message]:
+    """Stream one answer to standard output; return the conversation with it, or without the question if it failed."""
+    stop = threading.Event()
+    pieces: list[str] = []
+    last = Chunk()
+    try:
+        for chunk in engine.stream(messages, sampling, stop):
+            pieces.append(chunk.text)
+            print(chunk.text, end="", flush=True)
+            if chunk.dropped_turns and chunk.tokens == 0:
+                print(f"[the {chunk.dropped_turns} oldest turns no longer fit into the context and were left out]")
+            last = chunk if chunk.tokens else last
+    except KeyboardInterrupt:
+        stop.set()
+        print(" [stopped]", end="")
+    except NibbleError as error:
+        print(f"nibble: {error}", file=sys.stderr)
+        return list(messages[:-1])
+    print()
+    if last.tokens:
+        print(timing_line(last), file=sys.stderr)
+    return [*messages, {"role": "assistant", "content": "".join(pieces)}]
