@@ -1,0 +1,82 @@
+"""The arrows of docs/DESIGN: app -> {chat, models_ui, finetune_ui} -> nibble, and those inside nibble."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TABS = ("chat", "models_ui", "finetune_ui")
+MAY = {"app": {*TABS, "nibble"}, "nibble": {"nibble"}} | {tab: {tab, "nibble"} for tab in TABS}
+HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes"}
+FILES = [ROOT / "app.py", *sorted(path for top in (*TABS, "nibble") for path in (ROOT / top).rglob("*.py"))]
+
+INSIDE = {
+    "lowbit": {"lowbit", "devices", "publish"},
+    "transformers": {"lowbit", "devices", "library", "publish"},
+    "prompts": {"prompts", "engines.base"},
+    "engines": {"engines", "prompts", "transformers", "lowbit", "devices", "library"},
+    "commands": {"commands", "engines", "library", "devices", "hosting"},
+    "hosting": {"hosting"},
+    "library": {"library"},
+    "devices": {"devices"},
+    "publish": {"publish"},
+    "chats": {"chats", "engines.base", "publish"},
+}
+"""Room of nibble -> what it may import from nibble; everything may use `config` and `errors`."""
+
+TORCH_FREE = (
+    "nibble", "nibble.config", "nibble.errors", "nibble.library", "nibble.hosting", "nibble.chats", "nibble.publish",
+    "nibble.engines.base", "nibble.engines.worker", "nibble.engines.host", "nibble.lowbit", "nibble.lowbit.formats",
+)  # fmt: skip
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Every module that a file imports, at any depth, by its full dotted name."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: use absolute imports"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_layer(path: Path) -> None:
+    layer = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    tops = {name.split(".")[0] for name in imported(path)}
+    assert tops & MAY.keys() <= MAY[layer]
+    assert layer != "nibble" or "gradio" not in tops
+    assert layer == "nibble" or not tops & HEAVY
+
+
+@pytest.mark.parametrize("room", INSIDE)
+def test_room(room: str) -> None:
+    base = ROOT / "nibble" / room
+    files = sorted(base.rglob("*.py")) if base.is_dir() else [base.with_suffix(".py")]
+    allowed = {f"nibble.{name}" for name in (*INSIDE[room], "config", "errors", "__version__")}
+    for path in files:
+        for name in imported(path):
+            ours = name == "nibble" or name.startswith("nibble.")
+            assert not ours or any(name == a or name.startswith(a + ".") for a in allowed), f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("module", ["app", *TORCH_FREE])
+def test_light_modules_leave_torch_alone(module: str) -> None:
+    code = f"import sys, {module}; print(*sorted({HEAVY} & sys.modules.keys()))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ""
+
+
+def test_no_dangerous_calls() -> None:
+    """Nothing of ours evaluates text, unpickles, or goes through a shell."""
+    banned = {"eval", "exec", "yaml.unsafe_load", "pickle.load", "pickle.loads", "torch.load", "os.system"}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in banned, f"{path}:{node.lineno}"
+                shell = [word for word in node.keywords if word.arg == "shell"]
+                assert not shell, f"{path}:{node.lineno}"
