@@ -1,7 +1,7 @@
 """Who is served next: requests in line, visitors in turn.
 
-Promises that a visitor with many requests delays another visitor by at most one request. Knows nothing of what a request
-is, nor of threads beyond its own lock.
+Promises that a visitor with many requests delays another visitor by at most one of them. Knows nothing of what a
+request is, nor of threads beyond its own lock.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class FairQueue(Generic[T]):
     def take(self) -> T | None:
         """The next item; waits for one. None once the queue is closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._lines or self._closed)
+            self._changed.wait_for(lambda: bool(self._lines) or self._closed)
             if self._closed:
                 return None
             visitor, line = self._lines.popitem(last=False)

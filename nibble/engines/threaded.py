@@ -1,0 +1,222 @@
+"""Requests in, chunks out, one answer at a time: the part that every engine with a thread of its own shares.
+
+Promises that each request gets its own chunks in order and then either a finish reason or one `NibbleError`, that a
+stopped request leaves at once while it waits, and that whatever goes wrong in the thread reaches the one who asked.
+Knows nothing of models: `answer` is the engine's. Batching would take several requests from the queue together here.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import secrets
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from nibble.engines.base import Chunk, EngineInfo, Message, Sampling
+from nibble.engines.queue import FairQueue
+from nibble.errors import NibbleError
+
+log = logging.getLogger(__name__)
+
+BEAT_S = 0.1
+"""How often a waiting reader looks at its stop event."""
+
+GRACE_S = 0.6
+"""How long a reader that stopped waits for the thread's own last word before it leaves without it."""
+
+Sink = Callable[[Chunk | NibbleError], None]
+"""Takes a request's chunks, in order, from any thread; must not block. The last is a finish reason or an error."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of an engine."""
+
+    messages: Sequence[Message]
+    sampling: Sampling
+    visitor: str | None = None
+
+
+class Ticket:
+    """One request on its way: whether it was stopped, and where its chunks go."""
+
+    def __init__(self, request: Request, sink: Sink, stop: threading.Event | None = None) -> None:
+        self.request = request
+        self._sink = sink
+        self._stop = stop or threading.Event()
+        self._left = False
+        self._lock = threading.Lock()
+        self._place: int | None = None
+        self._begun = False
+        self._done = False
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the one who asked no longer wants more."""
+        return self._left or self._stop.is_set()
+
+    def leave(self) -> None:
+        """Stop this request without touching the caller's event."""
+        self._left = True
+
+    def begin(self) -> None:
+        """Its turn has come: no word of a place in the queue follows."""
+        with self._lock:
+            self._begun = True
+
+    def tell_place(self, place: int) -> None:
+        """Tell how many requests are served before this one, where that changed."""
+        with self._lock:
+            if not self._begun and not self._done and place != self._place:
+                self._place = place
+                self._sink(Chunk(place=place))
+
+    def emit(self, item: Chunk | NibbleError) -> None:
+        """Hand on a chunk or an error; nothing follows a finish reason or an error."""
+        with self._lock:
+            if not self._done:
+                self._done = isinstance(item, NibbleError) or item.finish_reason is not None
+                self._sink(item)
+
+    @property
+    def done(self) -> bool:
+        """Whether the last chunk, or an error, was handed on."""
+        return self._done
+
+
+class ThreadedEngine(ABC):
+    """An engine whose answers are made one at a time in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._queue: FairQueue[Ticket] = FairQueue()
+        self._running: Ticket | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._serve, name="nibble-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    @abstractmethod
+    def info(self) -> EngineInfo:
+        """What is loaded."""
+
+    @abstractmethod
+    def answer(self, ticket: Ticket) -> None:
+        """Answer one request, in the engine's thread: emit its chunks, the last with a finish reason.
+
+        Must look at `ticket.stopped` at least twice a second. The thread is already running when `__init__` returns.
+        """
+
+    def explain(self, error: BaseException) -> NibbleError:
+        """The sentence for whatever `answer` raised; the details go to the log under an id."""
+        if isinstance(error, NibbleError):
+            return error
+        number = secrets.token_hex(3)
+        log.error("answer failed, id %s", number, exc_info=error)
+        kind = type(error).__name__
+        return NibbleError(
+            f"The answer failed inside the model ({kind}).", f"The log has the details under id {number}."
+        )
+
+    def submit(self, request: Request, sink: Sink, stop: threading.Event | None = None) -> Ticket:
+        """Stand in line; the answer goes to `sink`. Returns at once.
+
+        Raises:
+            NibbleError: the engine was closed.
+        """
+        if self._closed:
+            raise _unloaded()
+        ticket = Ticket(request, sink, stop)
+        self._queue.put(ticket, request.visitor or ticket)
+        self._tell_places()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Stop a request: a waiting one leaves the line at once, a running one at its next token or chunk."""
+        ticket.leave()
+        if self._queue.remove(ticket):
+            ticket.emit(Chunk(finish_reason="stopped"))
+            self._tell_places()
+
+    def stream(
+        self, messages: Sequence[Message], sampling: Sampling, stop: threading.Event, visitor: str | None = None
+    ) -> Iterator[Chunk]:
+        """As `nibble.engines.base.Engine.stream`."""
+        box: queue.SimpleQueue[Chunk | NibbleError] = queue.SimpleQueue()
+        ticket = self.submit(Request(messages, sampling, visitor), box.put, stop)
+        try:
+            yield from read_box(box, stop, lambda: self.cancel(ticket))
+        finally:
+            self.cancel(ticket)
+
+    def close(self) -> None:
+        """End the running answer, turn away the waiting ones and let the thread go. A second call does nothing."""
+        self._closed = True
+        if self._running is not None:
+            self._running.leave()
+        for ticket in self._queue.close():
+            ticket.emit(_unloaded())
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=5)
+
+    def _serve(self) -> None:
+        while (ticket := self._queue.take()) is not None:
+            self._running = ticket
+            ticket.begin()
+            self._tell_places()
+            try:
+                if ticket.stopped or self._closed:
+                    ticket.emit(Chunk(finish_reason="stopped"))
+                else:
+                    self.answer(ticket)
+            except BaseException as error:  # noqa: BLE001 - the thread's border: handed over, never lost
+                ticket.emit(self.explain(error))
+            finally:
+                self._running = None
+            if not ticket.done:
+                ticket.emit(NibbleError("The answer ended without a reason.", "Send the message again."))
+
+    def _tell_places(self) -> None:
+        ahead = 1 if self._running is not None else 0
+        for place, ticket in enumerate(self._queue.in_order(), start=ahead):
+            if place:
+                ticket.tell_place(place)
+
+
+def read_box(
+    box: queue.SimpleQueue[Chunk | NibbleError], stop: threading.Event, on_stop: Callable[[], None]
+) -> Iterator[Chunk]:
+    """Yield what arrives in a box until a finish reason; an empty chunk where nothing came for a while.
+
+    Args:
+        box: filled by a `Sink`.
+        stop: the reader's own event.
+        on_stop: called once, when `stop` was seen.
+
+    Raises:
+        NibbleError: the error that arrived in the box.
+    """
+    last, leave_at = Chunk(), float("inf")
+    while True:
+        try:
+            item = box.get(timeout=BEAT_S)
+        except queue.Empty:
+            item = replace(last, text="")
+        if stop.is_set() and leave_at == float("inf"):
+            leave_at = time.monotonic() + GRACE_S
+            on_stop()
+        if isinstance(item, NibbleError):
+            raise item
+        if item.finish_reason is None and time.monotonic() > leave_at:
+            item = replace(item, finish_reason="stopped")
+        yield item
+        last = item
+        if item.finish_reason is not None:
+            return
+
+
+def _unloaded() -> NibbleError:
+    return NibbleError("The model was unloaded before it could answer.", "Load a model and send the message again.")
