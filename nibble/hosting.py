@@ -28,14 +28,21 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 log = logging.getLogger(__name__)
 
 CONTENT_POLICY = (
-    "img-src 'self' data: blob:; connect-src 'self'; object-src 'none'; base-uri 'self'; frame-ancestors 'self'"
+    "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; img-src 'self' data: blob:; connect-src 'self'; "
+    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
 )
 REPLY_HEADERS = (
     (b"content-security-policy", CONTENT_POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"same-origin"),
 )
-"""On every reply: no foreign pictures, calls, frames or plug-ins."""
+"""On every reply: no foreign scripts, fonts, pictures, calls, frames or plug-ins."""
+
+SPOKEN = (b"host", b"origin", b"sec-fetch-site")
+"""Headers that decide who may call."""
+
+FORGOTTEN = (b"x-forwarded-host", b"x-gradio-server")
+"""Headers by which a caller could make Gradio believe that it stands at another address."""
 
 CLOSED_PATHS = ("/gradio_api/openapi.json", "/monitoring", "/monitoring/summary")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -124,15 +131,23 @@ class Doorkeeper:
         # A plain IP address cannot be rebound by a foreign name server, so it is safe where others may come in at all.
         return cls(frozenset(origins), frozenset(hosts), any_ip=open_to_others)
 
-    def refusal(self, host: str, origin: str | None) -> str:
-        """Why a request is refused, in one line; empty when it passes."""
+    def refusal(self, host: str, origin: str | None, fetch_site: str = "") -> str:
+        """Why a request is refused, in one line; empty when it passes.
+
+        Args:
+            host: the Host header.
+            origin: the Origin header, where there is one.
+            fetch_site: the Sec-Fetch-Site header. A browser sets it itself, from the address it shows, and no script
+                can: "same-origin" therefore vouches for a page behind a proxy that rewrites Host. The Host is checked
+                first, so that a rebound name does not get here (https://words.filippo.io/csrf/).
+        """
         name = host_name(host)
         if not (name in self.hosts or (self.any_ip and _is_ip(name))):
             return (
                 f"Host {host[:200]!r} is not served here. If it is your proxy's, set root_path in config.yaml "
                 f"(or --root-path) to the page's whole public URL, or add its origin to public_origins."
             )
-        if origin is None or origin.lower() in self.origins:
+        if origin is None or origin.lower() in self.origins or fetch_site == "same-origin":
             return ""
         if origin.lower() in (f"http://{host.lower()}", f"https://{host.lower()}"):
             return ""
@@ -171,10 +186,8 @@ class Guard:
             await send(message)
 
         headers = dict(scope["headers"])
-        origin = headers.get(b"origin")
-        reason = self.keeper.refusal(
-            headers.get(b"host", b"").decode("latin-1"), None if origin is None else origin.decode("latin-1")
-        )
+        said = {name: headers[name].decode("latin-1") for name in SPOKEN if name in headers}
+        reason = self.keeper.refusal(said.get(b"host", ""), said.get(b"origin"), said.get(b"sec-fetch-site", ""))
         if reason:
             log.warning("Refused: %s", reason)
             return await _reply(dressed, 403, reason)
@@ -185,7 +198,7 @@ class Guard:
             **scope,
             "path": path,
             "raw_path": path.encode("utf-8"),
-            "headers": [item for item in scope["headers"] if item[0] != b"x-forwarded-host"],
+            "headers": [item for item in scope["headers"] if item[0] not in FORGOTTEN],
         }
         return await self.app(inner, receive, dressed)
 
