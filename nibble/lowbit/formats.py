@@ -42,9 +42,19 @@ class Format:
         return -(-in_features // self.block) * self.block if self.block else in_features
 
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
-        """Shape of the scales: [out, blocks], or [out, 2, blocks] where a minimum follows each scale."""
+        """Shape of the scales: [out, blocks], or [out, blocks, 2] where a minimum follows each scale."""
         blocks = self.padded(in_features) // self.block if self.block else 1
-        return (out_features, 2, blocks) if self.kind == "asymmetric" else (out_features, blocks)
+        return (out_features, blocks, 2) if self.kind == "asymmetric" else (out_features, blocks)
+
+    def code_shape(self, out_features: int, in_features: int) -> tuple[int, int, int]:
+        """Shape of the packed codes in bytes: [out, blocks, bytes of a block].
+
+        Three dimensions, so that a library without the plug-in finds the wrong shape and says so, instead of taking
+        bytes [out, in] for numbers.
+        """
+        width = self.padded(in_features)
+        blocks = width // self.block if self.block else 1
+        return (out_features, blocks, width * self.bits // 8 // blocks)
 
     def nbytes(self, out_features: int, in_features: int) -> int:
         """Bytes of a stored matrix [out, in]: codes, scales and minima."""
