@@ -125,8 +125,9 @@ class Engine(Protocol):
     ) -> Iterator[Chunk]:
         """Answer the conversation, piece by piece.
 
-        Visitors are served in turn; a request without one counts as a visitor of its own. No step blocks longer than 0.5 s: an empty chunk is yielded when there is nothing to tell. Setting `stop` ends
-        this request alone, with finish reason "stopped" and the text so far kept. Closing the iterator does the same.
+        Visitors are served in turn; a request without one counts as a visitor of its own. No step blocks longer than
+        0.5 s: an empty chunk is yielded when there is nothing to tell. Setting `stop` ends this request alone, with
+        finish reason "stopped" and the text so far kept. Closing the iterator does the same.
 
         Raises:
             NibbleError: whatever went wrong in the generating thread or process, in one sentence.

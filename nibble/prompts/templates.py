@@ -1,8 +1,8 @@
 """Which words stand between the turns: the tokenizer's own chat template, or the form its family was trained on.
 
-Promises that a conversation starts with exactly the tokens that the tokenizer itself puts first, that text written by a
-person never becomes a special token, and that a template which fails is replaced with a sentence that says so. Rendering
-is transformers' own, in its sandbox. Knows nothing of engines.
+Promises that a conversation starts with exactly the tokens that the tokenizer itself puts first, that text written by
+a person never becomes a special token, and that a template which fails is replaced with a sentence that says so.
+Rendering is transformers' own, in its sandbox. Knows nothing of engines.
 
 The forms are those of the models' own code and of ipex-llm's examples.
 """
@@ -17,7 +17,7 @@ import jinja2
 
 from nibble.engines.base import Message
 from nibble.errors import NibbleError
-from nibble.prompts.trial import try_template
+from nibble.prompts.trial import first_line, try_template
 
 OWN = "tokenizer"
 """Name of a template that came with the tokenizer."""
@@ -52,6 +52,12 @@ LLAMA2 = """\
 {{- ' ' + message.content.strip() + ' ' + eos_token + bos_token -}}
 {%- endif -%}
 {%- endfor -%}"""
+
+LLAMA3 = """\
+{%- for message in messages -%}
+{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content.strip() + '<|eot_id|>' -}}
+{%- endfor -%}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}"""
 
 CHATML = """\
 {%- for message in messages -%}
@@ -101,6 +107,10 @@ FORMS: tuple[Form, ...] = (
     Form("ChatGLM2", CHATGLM2, families=("chatglm",)),
     Form("Baichuan2", BAICHUAN2, families=("baichuan",), stops=("<reserved_106>",)),
     Form("InternLM2", INTERNLM2, families=("internlm", "internlm2", "internlm3"), stops=("<eoa>", "<|User|>")),
+    Form(
+        "Llama 3", LLAMA3, tokens=("<|start_header_id|>", "<|eot_id|>"), named=("chat", "instruct"),
+        stops=("<|eot_id|>",),
+    ),
     Form("Llama 2", LLAMA2, families=("llama",), named=("chat", "instruct")),
     Form("plain", PLAIN),
 )  # fmt: skip
@@ -140,9 +150,8 @@ class Template:
                 chat_template=self.jinja, add_generation_prompt=True, return_dict=True, sanitize_control_tokens=True,
             )  # fmt: skip
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, OverflowError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise NibbleError(
-                f"The model's chat template refuses this conversation: {reason}.", "Begin a new chat."
+                f"The model's chat template refuses this conversation: {first_line(error)}.", "Begin a new chat."
             ) from error
         return [*self.prefix, *encoding["input_ids"]]
 

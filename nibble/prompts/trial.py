@@ -70,7 +70,7 @@ def _verdict(tokenizer: Any) -> Verdict:
     except MemoryError:
         return Verdict("it takes too much memory")
     except Exception as error:  # noqa: BLE001 - the border of a process; a template can raise anything
-        return Verdict(f"it fails: {(str(error) or type(error).__name__).splitlines()[0].rstrip(chr(46))}")
+        return Verdict(f"it fails: {first_line(error)}")
     if any(QUESTION not in text for text in texts):
         return Verdict("it leaves out the question")
     if any(len(text) > MAX_CHARACTERS for text in texts):
@@ -80,6 +80,11 @@ def _verdict(tokenizer: Any) -> Verdict:
     except Exception:  # noqa: BLE001 - some templates raise on a system prompt: then it goes before the question
         takes_system = False
     return Verdict(takes_system=takes_system)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says, without a full stop; its type where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:

@@ -1,0 +1,55 @@
+"""Keys and values kept between answers, so that a conversation's next turn does not read its beginning again.
+
+Promises that a cache is only ever used for the ids it was filled with: any doubt drops it. Knows nothing of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many ids two sequences share from the start."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+
+
+class PrefixCache:
+    """The keys and values of the last conversation answered."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self._config = config
+        kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+        self.supported = bool(kinds) and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+        """Whether a cache of this model can be filled in pieces. Others keep a state of their own kind."""
+        # A sliding window has forgotten what a shorter prefix would need.
+        self._reusable = kinds == {DynamicLayer}
+        self._kept: tuple[DynamicCache, list[int]] | None = None
+
+    def take(self, ids: Sequence[int]) -> DynamicCache:
+        """A cache that holds the keys and values of a prefix of `ids`, at most all but the last; empty where none fits.
+
+        What was kept is no longer here until `keep` is called again.
+        """
+        kept, self._kept = self._kept, None
+        if kept is not None and self._reusable:
+            cache, cached_ids = kept
+            length = cache.get_seq_length()
+            shared = min(common_prefix(cached_ids, ids), len(ids) - 1)
+            if shared and length == len(cached_ids):
+                cache.crop(shared - length)
+                return cache
+        return DynamicCache(config=self._config)
+
+    def keep(self, cache: DynamicCache, ids: Sequence[int]) -> None:
+        """Keep a cache with the ids that it was filled with; `ids` may be longer than what it holds."""
+        length = cache.get_seq_length()
+        if self._reusable and 0 < length <= len(ids):
+            self._kept = (cache, list(ids[:length]))
+
+    def drop(self) -> None:
+        """Keep nothing."""
+        self._kept = None
