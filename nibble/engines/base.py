@@ -90,6 +90,23 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class LoadSpec:
+    """Which model to load, and how."""
+
+    folder: str
+    """A Hugging Face folder, as an absolute path."""
+    low_bit: str = "sym_int4"
+    """A format for a model in full precision; empty keeps the stored precision."""
+    device: str = "auto"
+    name: str = ""
+    """What to call the model; empty is the folder's name."""
+    dtype: str = ""
+    """Of activations, by torch's name; empty is the device's own."""
+    trust_remote_code: bool = False
+    """Whether Python code in the folder may run."""
+
+
+@dataclass(frozen=True)
 class EngineInfo:
     """What is loaded, for the status line, `nibble models` and `nibble doctor`."""
 
@@ -112,6 +129,8 @@ class EngineInfo:
     """The matmul that serves one-token steps, e.g. "int4 kernel of torch" or "portable"."""
     load_s: float = 0.0
     warmup_s: float = 0.0
+    note: str = ""
+    """A sentence for the person where something was not as usual, such as a chat template that cannot be used."""
 
 
 class Engine(Protocol):

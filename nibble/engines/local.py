@@ -23,7 +23,7 @@ from nibble.engines.sampling import plan
 from nibble.engines.text import Decoder, DecoderFactory
 from nibble.engines.threaded import ThreadedEngine, Ticket
 from nibble.errors import DeviceError, ModelError, NibbleError
-from nibble.library import CONTEXT_KEYS, check, inspect, read_config
+from nibble.library import CONTEXT_KEYS, GUIDE, GUIDE_FOLDER, check, inspect, read_config
 from nibble.lowbit.formats import FORMATS, resolve
 from nibble.prompts import Template, choose_template, clean, fit
 
@@ -119,10 +119,12 @@ class LocalEngine(ThreadedEngine):
             DeviceError: the device is not there or has not enough memory.
         """
         folder, start = Path(folder), time.perf_counter()
+        name = name or (GUIDE if folder.resolve() == GUIDE_FOLDER else folder.name)
         low_bit = resolve(low_bit).name if low_bit else ""
         check(folder, trust_remote_code=trust_remote_code)
         card, where = inspect(folder, name), choose(device)
-        where = replace(where, dtype=dtype) if dtype else where
+        if dtype:
+            where = replace(where, dtype=dtype, reason=f"{where.reason.partition(';')[0]}; {dtype}: asked for")
         stored = card.format in FORMATS and "quantization_config" in read_config(folder)
         try:
             tokenizer = _load_tokenizer(folder, trust_remote_code)
@@ -135,7 +137,7 @@ class LocalEngine(ThreadedEngine):
         info = EngineInfo(
             model=card.name, format=card.format if stored or not low_bit else low_bit, device=where.kind,
             dtype=where.dtype, reason=where.reason, context=_context(model, tokenizer), template=template.name,
-            family=card.family, parameters=card.parameters, load_s=time.perf_counter() - start,
+            family=card.family, parameters=card.parameters, load_s=time.perf_counter() - start, note=template.note,
         )  # fmt: skip
         engine = cls(model, tokenizer, template, info)
         engine.warm_up()
@@ -145,11 +147,6 @@ class LocalEngine(ThreadedEngine):
     def info(self) -> EngineInfo:
         """What is loaded; the memory is measured now."""
         return replace(self._info, memory_bytes=used_memory(self._device))
-
-    @property
-    def template(self) -> Template:
-        """How conversations become tokens; its `note` is for the person."""
-        return self._template
 
     def warm_up(self) -> None:
         """Answer once and forget it: first uses of kernels and templates must not fall into a person's answer."""

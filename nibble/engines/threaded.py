@@ -8,6 +8,7 @@ Knows nothing of models: `answer` is the engine's. Batching would take several r
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import secrets
 import threading
@@ -18,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from nibble.engines.base import Chunk, EngineInfo, Message, Sampling
 from nibble.engines.queue import FairQueue
-from nibble.errors import NibbleError
+from nibble.errors import EngineDied, NibbleError
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +29,15 @@ BEAT_S = 0.1
 GRACE_S = 0.6
 """How long a reader that stopped waits for the thread's own last word before it leaves without it."""
 
+STALL_S = 60.0
+"""How long a request whose turn it is may be silent: each piece of the prompt and each token is a word."""
+
 Sink = Callable[[Chunk | NibbleError], None]
-"""Takes a request's chunks, in order, from any thread; must not block. The last is a finish reason or an error."""
+"""Takes a request's chunks, in order, from any thread; neither blocks nor raises. An error is its last."""
+
+
+class Stalled(EngineDied):
+    """A model that no longer moves."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +72,11 @@ class Ticket:
         self._left = True
 
     def begin(self) -> None:
-        """Its turn has come: no word of a place in the queue follows."""
+        """Its turn has come: one who was told a place is told so, and no word of a place follows."""
         with self._lock:
             self._begun = True
+            if self._place and not self._done:
+                self._sink(Chunk())
 
     def tell_place(self, place: int) -> None:
         """Tell how many requests are served before this one, where that changed."""
@@ -128,7 +138,7 @@ class ThreadedEngine(ABC):
             NibbleError: the engine was closed.
         """
         if self._closed:
-            raise _unloaded()
+            raise unloaded()
         ticket = Ticket(request, sink, stop)
         self._queue.put(ticket, request.visitor or ticket)
         self._tell_places()
@@ -148,7 +158,7 @@ class ThreadedEngine(ABC):
         box: queue.SimpleQueue[Chunk | NibbleError] = queue.SimpleQueue()
         ticket = self.submit(Request(messages, sampling, visitor), box.put, stop)
         try:
-            yield from read_box(box, stop, lambda: self.cancel(ticket))
+            yield from read_box(box, Reading(stop, lambda: self.cancel(ticket)))
         finally:
             self.cancel(ticket)
 
@@ -158,7 +168,7 @@ class ThreadedEngine(ABC):
         if self._running is not None:
             self._running.leave()
         for ticket in self._queue.close():
-            ticket.emit(_unloaded())
+            ticket.emit(unloaded())
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=5)
 
@@ -186,37 +196,62 @@ class ThreadedEngine(ABC):
                 ticket.tell_place(place)
 
 
-def read_box(
-    box: queue.SimpleQueue[Chunk | NibbleError], stop: threading.Event, on_stop: Callable[[], None]
-) -> Iterator[Chunk]:
-    """Yield what arrives in a box until a finish reason; an empty chunk where nothing came for a while.
+class Reading:
+    """What a reader makes of the items that arrive for its request, or fail to arrive."""
 
-    Args:
-        box: filled by a `Sink`.
-        stop: the reader's own event.
-        on_stop: called once, when `stop` was seen.
+    def __init__(self, stop: threading.Event, on_stop: Callable[[], None]) -> None:
+        """
+        Args:
+            stop: the reader's own event.
+            on_stop: called once, when `stop` was seen.
+        """
+        self._stop = stop
+        self._on_stop = on_stop
+        self._last = Chunk()
+        self._leave_at = math.inf
+        self._heard = time.monotonic()
+
+    def take(self, item: Chunk | NibbleError | None) -> Chunk:
+        """The chunk to yield for an item, or for none within a beat; the last one has a finish reason.
+
+        Raises:
+            NibbleError: the error that arrived.
+            Stalled: it is this request's turn, and nothing was heard of it for `STALL_S`.
+        """
+        now = time.monotonic()
+        if self._stop.is_set() and self._leave_at == math.inf:
+            self._leave_at = now + GRACE_S
+            self._on_stop()
+        if isinstance(item, NibbleError):
+            raise item
+        if item is not None:
+            self._heard = now
+        elif now - self._heard > STALL_S and not self._last.place:
+            raise Stalled(f"The model has not moved for {STALL_S:.0f} seconds.", "Send the message again.")
+        chunk = item or replace(self._last, text="")
+        if now > self._leave_at and chunk.finish_reason is None:
+            chunk = replace(chunk, finish_reason="stopped")
+        self._last = chunk
+        return chunk
+
+
+def read_box(box: queue.SimpleQueue[Chunk | NibbleError], reading: Reading) -> Iterator[Chunk]:
+    """Yield what arrives in a box, filled by a `Sink`, until a finish reason; an empty chunk where nothing came.
 
     Raises:
-        NibbleError: the error that arrived in the box.
+        NibbleError: as `Reading.take`.
     """
-    last, leave_at = Chunk(), float("inf")
     while True:
         try:
             item = box.get(timeout=BEAT_S)
         except queue.Empty:
-            item = replace(last, text="")
-        if stop.is_set() and leave_at == float("inf"):
-            leave_at = time.monotonic() + GRACE_S
-            on_stop()
-        if isinstance(item, NibbleError):
-            raise item
-        if item.finish_reason is None and time.monotonic() > leave_at:
-            item = replace(item, finish_reason="stopped")
-        yield item
-        last = item
-        if item.finish_reason is not None:
+            item = None
+        chunk = reading.take(item)
+        yield chunk
+        if chunk.finish_reason is not None:
             return
 
 
-def _unloaded() -> NibbleError:
+def unloaded() -> NibbleError:
+    """What is said to a request whose model was let go."""
     return NibbleError("The model was unloaded before it could answer.", "Load a model and send the message again.")
