@@ -28,7 +28,7 @@ NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-FP4 = tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))
+FP4 = tuple(sign * value / 12 + 0.0 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))
 CODEBOOKS: dict[str, tuple[float, ...]] = {"nf4": NF4, "fp4": FP4}
 
 FLOAT8: dict[str, torch.dtype] = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
@@ -92,9 +92,9 @@ def quantize(weight: torch.Tensor, name: str) -> QuantizedTensor:
     return QuantizedTensor(fmt, codes, scales, weight.shape[1])
 
 
-def row_chunks(out_features: int, in_features: int, multiple: int = 1) -> Iterator[slice]:
-    """Slices of rows that hold about `CHUNK` weights each; every start is a multiple of `multiple`."""
-    step = max(multiple, CHUNK // max(in_features, 1) // multiple * multiple)
+def row_chunks(out_features: int, in_features: int, multiple: int = 1, size: int = CHUNK) -> Iterator[slice]:
+    """Slices of rows that hold about `size` weights each; every start is a multiple of `multiple`."""
+    step = max(multiple, size // max(in_features, 1) // multiple * multiple)
     for start in range(0, out_features, step):
         yield slice(start, min(start + step, out_features))
 
@@ -162,12 +162,14 @@ def _encode_asymmetric(fmt: Format, blocks: torch.Tensor) -> tuple[torch.Tensor,
 
 def _encode_codebook(fmt: Format, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """bitsandbytes' quantize_4bit: the nearest entry of the table to weight / largest magnitude of the block."""
-    table = torch.tensor(CODEBOOKS[fmt.name], device=blocks.device)
-    order = table.argsort()
-    midpoints = (table[order[:-1]] + table[order[1:]]) / 2
+    # fp4 has two zeros: only the first is ever written.
+    entries = {value: code for code, value in reversed([*enumerate(CODEBOOKS[fmt.name])])}
+    table = torch.tensor(sorted(entries), device=blocks.device)
+    order = torch.tensor([entries[value] for value in sorted(entries)], dtype=torch.uint8, device=blocks.device)
+    midpoints = (table[:-1] + table[1:]) / 2
     largest = blocks.abs().amax(-1)
     scaled = (blocks * (1.0 / largest.clamp(min=1e-38)).unsqueeze(-1)).clamp_(-1, 1)
-    return order.to(torch.uint8)[torch.bucketize(scaled, midpoints, out_int32=True)], largest
+    return order[torch.bucketize(scaled, midpoints, out_int32=True)], largest
 
 
 def _encode_float8(fmt: Format, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
