@@ -124,7 +124,7 @@ class _Watch(StoppingCriteria):
         self._stops = frozenset(stops)
         self.reason: FinishReason = "length"
 
-    def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> Any:
         token = int(input_ids[0, -1])
         if token in self._stops:
             self.reason = "stop"

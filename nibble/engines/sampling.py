@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -90,7 +91,7 @@ def generation_config(plan: Plan, defaults: GenerationConfig, stops: list[int]) 
     )
 
 
-WARPERS: tuple[tuple[str, float, Callable[[float], LogitsProcessor]], ...] = (
+WARPERS: tuple[tuple[str, float, Callable[[Any], LogitsProcessor]], ...] = (
     ("temperature", 1.0, TemperatureLogitsWarper),
     ("top_k", 0, TopKLogitsWarper),
     ("top_p", 1.0, TopPLogitsWarper),
@@ -109,7 +110,7 @@ class Sampler(LogitsProcessor):
         self._warpers = [make(getattr(plan, name)) for name, _, make in active]
         self._generator = torch.Generator(device=device).manual_seed(plan.seed)
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
         """Scores of which only the drawn token's is finite; unchanged where decoding is greedy.
 
         Args:
