@@ -12,15 +12,16 @@ from nibble.lowbit.formats import FORMATS, Format, resolve
 
 if TYPE_CHECKING:
     from nibble.lowbit.blocks import QuantizedTensor, quantize
-    from nibble.lowbit.linear import LowBitLinear, prepare
+    from nibble.lowbit.linear import LowBitLinear, kernel_name, prepare
 
-__all__ = ["FORMATS", "Format", "LowBitLinear", "QuantizedTensor", "prepare", "quantize", "resolve"]
+__all__ = ["FORMATS", "Format", "LowBitLinear", "QuantizedTensor", "kernel_name", "prepare", "quantize", "resolve"]
 
 _HOMES = {
     "QuantizedTensor": "nibble.lowbit.blocks",
     "quantize": "nibble.lowbit.blocks",
     "LowBitLinear": "nibble.lowbit.linear",
     "prepare": "nibble.lowbit.linear",
+    "kernel_name": "nibble.lowbit.linear",
 }
 
 
