@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class WorkerEngine:
         self._command = list(command)
         self._lock = threading.Lock()
         self._child: _Child | None = None
+        self._known: EngineInfo | None = None
         self._closed = False
 
     def start(self) -> Start:
@@ -76,6 +77,14 @@ class WorkerEngine:
         """
         child = self._living()
         return replace(child.ready.result(), memory_bytes=child.memory_bytes)
+
+    @property
+    def known(self) -> EngineInfo | None:
+        """What is loaded, or was when the child last ran; None before that. Never waits, never starts anything."""
+        child = self._child
+        if child is not None and child.ready.done() and child.ready.exception() is None:
+            self._known = replace(child.ready.result(), memory_bytes=0 if child.dead else child.memory_bytes)
+        return self._known
 
     @property
     def waiting(self) -> int:
@@ -113,7 +122,7 @@ class WorkerEngine:
 
     async def astream(
         self, messages: Sequence[Message], sampling: Sampling, stop: threading.Event, visitor: str | None = None
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncGenerator[Chunk, None]:
         """As `stream`, for an event loop: takes no thread while it waits."""
         child = self._living()
         while not child.ready.done():
