@@ -180,6 +180,8 @@ class ChatStore:
             raise _disk(error) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            for left_over in folder.glob(".*.tmp-*"):  # by a server that was killed: nobody else writes here now
+                left_over.unlink(missing_ok=True)
             yield
         finally:
             os.close(lock)
