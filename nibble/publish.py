@@ -1,0 +1,182 @@
+"""Putting a folder in place whole or not at all.
+
+Promises that a reader finds the old folder or the new one, never a mix, whatever fails and whenever power goes: the new
+one is written beside, every byte is synced, `nibble.json` names each file with its size and sha256 and is written last,
+and one rename puts the folder in place. Imports no torch. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nibble.errors import ModelError
+
+MANIFEST = "nibble.json"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextmanager
+def publication(folder: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `folder` when the block ends without an exception.
+
+    Args:
+        folder: where the result is to stand; an earlier result there is replaced whole.
+        facts: what `nibble.json` says besides the list of files; JSON values.
+
+    Raises:
+        ModelError: `folder` exists and is not an earlier result, or another save to it is under way.
+        OSError: writing failed; `folder` is as it was.
+    """
+    folder = Path(folder).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        clean(folder)
+        _refuse_foreign(folder)
+        fresh = folder.parent / f".{folder.name}.tmp-{uuid.uuid4().hex}"
+        fresh.mkdir()
+        try:
+            yield fresh
+            _write_manifest(fresh, facts)
+            _put(fresh, folder)
+        finally:
+            # After an exchange this name holds the old folder, after a failure the unfinished one.
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+def clean(folder: Path) -> None:
+    """Remove what saves to `folder` that were killed have left beside it; call it only while no save is under way."""
+    for aside in folder.parent.glob(f".{folder.name}.old-*"):
+        if folder.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(folder)
+    for left in folder.parent.glob(f".{folder.name}.tmp-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """`nibble.json` of a published folder; empty where there is none.
+
+    Raises:
+        ModelError: it is not a JSON object.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files", {}), dict):
+        raise ModelError(f"{MANIFEST} in {folder.name} is broken.", "Quantize the model again.")
+    return manifest
+
+
+def verify(folder: Path, *, contents: bool = False) -> None:
+    """Compare a published folder with its manifest: every file's size, and on request its sha256 too.
+
+    Raises:
+        ModelError: the first file that is missing or differs.
+    """
+    for name, facts in read_manifest(folder).get("files", {}).items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != facts["size"]:
+            raise ModelError(f"{name} in {folder.name} is missing or cut short.", "Quantize the model again.")
+        if contents and _sha256(path) != facts["sha256"]:
+            raise ModelError(f"{name} in {folder.name} is damaged.", "Quantize the model again.")
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if folder.is_dir() and ((folder / MANIFEST).exists() or not any(folder.iterdir())):
+        return
+    raise ModelError(
+        f"{folder} exists and is not a model that Nibble has saved, so it is not replaced.",
+        "Name another folder, or remove that one yourself.",
+    )
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the right to save to `folder`; it ends with the process at the latest."""
+    lock = os.open(folder.parent / f".{folder.name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ModelError(f"{folder.name} is being saved already.", "Wait until that is done.") from None
+        yield
+    finally:
+        os.close(lock)
+
+
+def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        _sync(path)
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({**facts, "files": files}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _sync(manifest)
+    for directory in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        _sync(directory)
+
+
+def _put(fresh: Path, folder: Path) -> None:
+    if not folder.exists():
+        fresh.rename(folder)
+    elif not _exchange(fresh, folder):
+        # Only where the file system cannot exchange: for an instant there is no folder, never half of one. A kill in
+        # that instant is mended by `clean`.
+        aside = folder.parent / f".{folder.name}.old-{uuid.uuid4().hex}"
+        folder.rename(aside)
+        try:
+            fresh.rename(folder)
+        except OSError:
+            aside.rename(folder)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    _sync(folder.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step (Linux renameat2); false where the system or file system cannot."""
+    library = ctypes.CDLL(None, use_errno=True)
+    renameat2 = getattr(library, "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def _sync(path: Path) -> None:
+    """Make the contents of a file, or the names in a directory, outlast a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
