@@ -16,6 +16,7 @@ from guide.corpus import Conversation, Corpus, Generator
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VOCABULARY = 6144  # a multiple of 64, as is every other width of the model
+CONTEXT = 2048  # tokens that a conversation may have
 SAMPLE = 60_000  # conversations that the merges are learned from
 
 # Letters with the space before them, single Chinese characters, single digits, runs of marks, runs of spaces.
@@ -70,7 +71,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         eos_token=END,
         pad_token=PAD,
         additional_special_tokens=[START],
-        model_max_length=1024,
+        model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
     )
     wrapped.chat_template = CHAT_TEMPLATE

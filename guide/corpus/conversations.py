@@ -1,4 +1,4 @@
-"""Makes conversations of one to five turns out of the corpus.
+"""Makes conversations of one to twelve turns out of the corpus.
 
 Promises: a seed fixes the conversations; an assistant's turn is a written answer, verbatim, with the user's name filled in.
 Knows nothing of tokens.
@@ -68,7 +68,7 @@ class Generator:
             out.messages.append({"role": "system", "content": rng.choice(prompts[rng.choice(LANGUAGES)])})
         state = _State()
         language = rng.choices(LANGUAGES, (0.58, 0.42))[0]
-        turns = rng.choices((1, 2, 3, 4, 5), (0.68, 0.16, 0.09, 0.04, 0.03))[0]
+        turns = rng.choices((1, 2, 3, 4, 5, 8, 12), (0.68, 0.16, 0.08, 0.04, 0.02, 0.015, 0.005))[0]
         for turn in range(turns):
             if rng.random() < 0.1:
                 language = rng.choice(LANGUAGES)
