@@ -1,0 +1,368 @@
+"""Where visitors and the model meet: who has which conversation open, and which answers are being written.
+
+Promises that a visitor sees conversations of their own only, that an answer which was stopped, failed or lost its reader
+keeps its text, and that one conversation has one answer in writing at most. Runs in the event loop; the disk is read in
+threads. Knows nothing of Gradio and nothing of processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import asdict, dataclass, field, replace
+from typing import Protocol
+
+from chat.view import split_thoughts
+from chat.words import WORDS
+from nibble.chats import ChatStore, Conversation, Entry, Turn
+from nibble.config import Settings
+from nibble.engines.base import LIMITS, Chunk, EngineInfo, Message, Sampling
+from nibble.errors import NibbleError
+from nibble.words import Language
+
+log = logging.getLogger(__name__)
+
+MOST_SEATS = 1_000
+MOST_CHARACTERS = 200_000
+"""Of one message; what fits into the model's context is for the engine to say."""
+
+
+class Host(Protocol):
+    """Whoever holds the model: `nibble.engines.host.ModelHost`."""
+
+    loading: str
+
+    @property
+    def state(self) -> str: ...
+
+    @property
+    def sentence(self) -> str: ...
+
+    @property
+    def info(self) -> EngineInfo | None: ...
+
+    @property
+    def waiting(self) -> int: ...
+
+    async def load(self, name: str, low_bit: str = "", device: str = "", *, paths: bool = False) -> EngineInfo: ...
+
+    async def unload(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def astream(
+        self, messages: Sequence[Message], sampling: Sampling, stop: threading.Event, visitor: str | None = None
+    ) -> AsyncIterator[Chunk]: ...
+
+
+@dataclass(frozen=True)
+class Visitor:
+    """Who calls: a browser with its cookie, or a script that has only its session."""
+
+    session: str
+    token: str | None
+    language: Language
+
+    @property
+    def owner(self) -> str:
+        """Whose conversations these are."""
+        return self.token or f"session:{self.session}"
+
+    def say(self, key: str, **values: object) -> str:
+        """A sentence of `chat.words` in this visitor's language."""
+        return WORDS.say(key, self.language, **values)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a visitor set beside the message."""
+
+    sampling: Sampling = field(default_factory=Sampling)
+    system: str | None = None
+    """System prompt; None leaves the conversation's own."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A conversation while its last turn grows; `live` tells how it fares, empty once it is written."""
+
+    conversation: Conversation
+    live: str = ""
+
+    @property
+    def text(self) -> str:
+        """The answer so far."""
+        return self.conversation.turns[-1].content
+
+
+@dataclass
+class _Writing:
+    """An answer in the making, and the session that reads it."""
+
+    conversation: Conversation
+    session: str
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+class Desk:
+    """The conversations of all visitors, and the answers that are being written in them."""
+
+    def __init__(self, host: Host, settings: Settings) -> None:
+        self.host = host
+        self._settings = settings
+        self._store = ChatStore(settings.home_folder)
+        self._open: OrderedDict[str, Conversation] = OrderedDict()
+        self._writings: dict[str, _Writing] = {}
+
+    # Which conversation is open.
+
+    async def enter(self, visitor: Visitor) -> Conversation:
+        """Sit down with the latest conversation, or a new one."""
+        chats = await self.list(visitor)
+        return await self.open(visitor, chats[0].id) if chats else self.begin(visitor)
+
+    def begin(self, visitor: Visitor) -> Conversation:
+        """Open a new conversation; it is kept from its first message on."""
+        return self._sit(visitor, Conversation())
+
+    async def open(self, visitor: Visitor, chat_id: str) -> Conversation:
+        """Open one of the visitor's conversations, as it stands now.
+
+        Raises:
+            ChatGone: there is none of that id.
+        """
+        conversation = await asyncio.to_thread(self._store.load, visitor.owner, chat_id)
+        writing = self._writings.get(chat_id)
+        return self._sit(visitor, writing.conversation if writing else conversation)
+
+    async def current(self, visitor: Visitor) -> Conversation:
+        """The conversation that is open."""
+        return self._open.get(visitor.session) or await self.enter(visitor)
+
+    async def list(self, visitor: Visitor) -> Sequence[Entry]:
+        """The visitor's kept conversations, the one changed last first. A script's are not kept."""
+        return await asyncio.to_thread(self._store.list, visitor.owner) if visitor.token else []
+
+    async def delete(self, visitor: Visitor) -> Conversation:
+        """Delete the conversation that is open; open the latest of the others."""
+        conversation = await self.current(visitor)
+        self.stop(visitor)
+        await asyncio.to_thread(self._store.delete, visitor.owner, conversation.id)
+        return await self.enter(visitor)
+
+    def leave(self, session: str) -> None:
+        """The page was closed: end the answer that it was reading."""
+        self._open.pop(session, None)
+        for writing in self._writings.values():
+            if writing.session == session:
+                writing.stop.set()
+
+    def _sit(self, visitor: Visitor, conversation: Conversation) -> Conversation:
+        self._open[visitor.session] = conversation
+        self._open.move_to_end(visitor.session)
+        while len(self._open) > MOST_SEATS:
+            self._open.popitem(last=False)
+        return conversation
+
+    def shows(self, visitor: Visitor, conversation: Conversation) -> bool:
+        """Whether this is the conversation that the session has open."""
+        return self._open.get(visitor.session) is conversation
+
+    def writes(self, conversation: Conversation) -> bool:
+        """Whether an answer is being written in it."""
+        return any(writing.conversation is conversation for writing in self._writings.values())
+
+    # What is said.
+
+    async def say(self, visitor: Visitor, text: str, form: Form, at: int | None = None) -> AsyncGenerator[Progress]:
+        """Add a message and stream its answer.
+
+        Args:
+            visitor: who asks.
+            text: the message.
+            form: what was set beside it.
+            at: the turn to put it in place of, with all that followed; None adds it at the end.
+
+        Raises:
+            NibbleError: an empty or overlong message, a full server, an answer already in writing. What goes wrong
+                while the answer is written stands in its turn instead.
+        """
+        check_message(text, visitor)
+        conversation = await self._fresh(visitor)
+        place = len(conversation.turns) if at is None else at
+        if place < len(conversation.turns) and conversation.turns[place].role != "user":
+            raise NibbleError(visitor.say("gone"))
+        turns = [*conversation.turns[:place], Turn("user", text)]
+        async with aclosing(self._write(visitor, conversation, turns, form)) as steps:
+            async for step in steps:
+                yield step
+
+    async def again(self, visitor: Visitor, form: Form) -> AsyncGenerator[Progress]:
+        """Answer the last message anew.
+
+        Raises:
+            NibbleError: as `say`; nothing was said yet.
+        """
+        conversation = await self._fresh(visitor)
+        place = _last_question(conversation)
+        if place is None:
+            raise NibbleError(visitor.say("empty"))
+        async with aclosing(self._write(visitor, conversation, conversation.turns[: place + 1], form)) as steps:
+            async for step in steps:
+                yield step
+
+    async def undo(self, visitor: Visitor) -> tuple[Conversation, str]:
+        """Take the last message and its answer back; the message is returned.
+
+        Raises:
+            NibbleError: its answer is being written.
+        """
+        conversation = await self._fresh(visitor)
+        place = _last_question(conversation)
+        if place is None:
+            return conversation, ""
+        text = conversation.turns[place].content
+        conversation.turns = conversation.turns[:place]
+        await asyncio.to_thread(self._keep, visitor, conversation)
+        return conversation, text
+
+    def stop(self, visitor: Visitor) -> bool:
+        """End the answer that this session is reading, or that is written in the conversation it has open."""
+        here = self._open.get(visitor.session)
+        found = [
+            writing
+            for writing in self._writings.values()
+            if writing.session == visitor.session or (here and writing.conversation is here)
+        ]
+        for writing in found:
+            writing.stop.set()
+        return bool(found)
+
+    async def _fresh(self, visitor: Visitor) -> Conversation:
+        """The open conversation, with what another tab added to it; nobody writes in it."""
+        conversation = await self.current(visitor)
+        if len(self._writings) >= self._settings.queue_size:
+            raise NibbleError(visitor.say("full", value=len(self._writings)))
+        if conversation.id in self._writings:
+            raise NibbleError(visitor.say("busy"))
+        if visitor.token and conversation.revision:
+            conversation = self._sit(visitor, await asyncio.to_thread(self._store.load, visitor.owner, conversation.id))
+        return conversation
+
+    async def _write(
+        self, visitor: Visitor, conversation: Conversation, turns: list[Turn], form: Form
+    ) -> AsyncGenerator[Progress]:
+        """Stream the answer to the last of `turns` into the conversation."""
+        if conversation.id in self._writings:  # another call of this visitor was quicker
+            raise NibbleError(visitor.say("busy"))
+        writing = self._writings[conversation.id] = _Writing(conversation, visitor.session)
+        key = conversation.id
+        sampling = within(form.sampling, self._settings.max_new_tokens_limit)
+        answer = Turn("assistant", "", sampling={k: v for k, v in asdict(sampling).items() if v is not None})
+        try:
+            conversation.turns = turns
+            conversation.system = conversation.system if form.system is None else form.system
+            await asyncio.to_thread(self._keep, visitor, conversation)
+            question = messages(conversation)
+            conversation.turns = [*turns, answer]
+            yield Progress(conversation, visitor.say("reading"))
+            stream = self.host.astream(question, sampling, writing.stop, visitor.owner)
+            async with aclosing(stream) as chunks:  # type: ignore[type-var]
+                async for chunk in chunks:
+                    self._take(answer, chunk)
+                    yield Progress(conversation, "" if chunk.finish_reason else live(chunk, answer, visitor))
+        except NibbleError as error:
+            answer.error, answer.error_kind = str(error), type(error).__name__
+        except Exception as error:
+            number = secrets.token_hex(3)
+            log.error("answer failed, id %s", number, exc_info=error)
+            answer.error, answer.error_kind = visitor.say("internal", value=number), "Internal"
+        finally:
+            writing.stop.set()
+            if not answer.error and not answer.finish_reason:
+                answer.finish_reason = "stopped"  # whoever read it has gone
+            del self._writings[key]
+            self._keep_quietly(visitor, conversation)
+        yield Progress(conversation)
+
+    def _take(self, answer: Turn, chunk: Chunk) -> None:
+        answer.content = answer.content + chunk.text if chunk.full_text is None else chunk.full_text
+        info = self.host.info
+        if info is not None and not chunk.loading:
+            answer.model, answer.format = info.model, info.format
+        answer.dropped_turns = chunk.dropped_turns or answer.dropped_turns
+        if chunk.tokens:
+            answer.tokens, answer.tokens_per_s = chunk.tokens, chunk.tokens_per_s
+            answer.prompt_tokens, answer.reused_tokens = chunk.prompt_tokens, chunk.reused_tokens
+            answer.first_token_s = chunk.first_token_s
+        answer.finish_reason = chunk.finish_reason or ""
+
+    def _keep(self, visitor: Visitor, conversation: Conversation) -> None:
+        if visitor.token:
+            self._store.save(visitor.owner, conversation)
+
+    def _keep_quietly(self, visitor: Visitor, conversation: Conversation) -> None:
+        """Save at the end of an answer: a full disk or a deleted chat must not swallow the answer."""
+        try:
+            self._keep(visitor, conversation)
+        except NibbleError as error:
+            log.warning("an answer was not saved: %s", error)
+
+
+def check_message(text: object, visitor: Visitor) -> None:
+    """Refuse what is no message.
+
+    Raises:
+        NibbleError: not text, empty, or longer than `MOST_CHARACTERS`.
+    """
+    if not isinstance(text, str):
+        raise NibbleError(visitor.say("not_text"))
+    if not text.strip():
+        raise NibbleError(visitor.say("empty"))
+    if len(text) > MOST_CHARACTERS:
+        raise NibbleError(visitor.say("too_long", value=len(text), limit=MOST_CHARACTERS))
+
+
+def within(sampling: Sampling, limit: int) -> Sampling:
+    """The same sampling, with no longer answer than the owner of this server allows."""
+    limit = min(limit, int(LIMITS["max_new_tokens"][1]))
+    asked = sampling.max_new_tokens
+    return sampling if asked is None or asked <= limit else replace(sampling, max_new_tokens=limit)
+
+
+def messages(conversation: Conversation) -> list[Message]:
+    """A conversation as the model is shown it: without thoughts, and without questions that got no answer."""
+    turns = conversation.turns
+    kept: list[Message] = []
+    for place, turn in enumerate(turns):
+        text = split_thoughts(turn.content)[1] if turn.role == "assistant" else turn.content
+        unanswered = turn.role == "user" and place + 1 < len(turns) and not _spoken(turns[place + 1])
+        if text.strip() and not unanswered:
+            kept.append({"role": turn.role, "content": text})
+    system: list[Message] = [{"role": "system", "content": conversation.system}]
+    return system + kept if conversation.system.strip() else kept
+
+
+def _spoken(turn: Turn) -> bool:
+    return turn.role == "assistant" and bool(split_thoughts(turn.content)[1].strip())
+
+
+def _last_question(conversation: Conversation) -> int | None:
+    places = [place for place, turn in enumerate(conversation.turns) if turn.role == "user"]
+    return places[-1] if places else None
+
+
+def live(chunk: Chunk, answer: Turn, visitor: Visitor) -> str:
+    """How an answer fares while it is being written."""
+    if chunk.loading:
+        return visitor.say("loading")
+    if chunk.place:
+        return visitor.say("place", value=chunk.place)
+    if not chunk.tokens:
+        return visitor.say("reading")
+    return visitor.say("speed", value=answer.tokens_per_s) if answer.tokens_per_s else visitor.say("reading")

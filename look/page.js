@@ -1,0 +1,38 @@
+() => {
+  // Runs once, when the page has been built. Knows nothing of models: it mends what only a browser can see.
+  const PHONE = 768;
+
+  // An answer is copied without the line that stands small under it.
+  if (navigator.clipboard && !navigator.clipboard.nibble) {
+    const write = navigator.clipboard.writeText.bind(navigator.clipboard);
+    navigator.clipboard.writeText = (text) => write(String(text).replace(/\s*<small class="(stats|notice)[^"]*">.*?<\/small>\s*/gs, "\n").trim());
+    navigator.clipboard.nibble = true;
+  }
+
+  // On a phone the sidebar covers the chat: it starts closed, and closes again when a chat was chosen in it.
+  const close = () => {
+    const toggle = document.querySelector(".sidebar.open .toggle-button");
+    if (toggle && innerWidth <= PHONE) toggle.click();
+  };
+  const started = Date.now();
+  const wait = setInterval(() => {
+    if (document.querySelector(".sidebar.open") || Date.now() - started > 3000) {
+      clearInterval(wait);
+      close();
+    }
+  }, 50);
+  document.addEventListener("click", (event) => {
+    if (event.target.closest("#new-chat, #chats label")) setTimeout(close, 100);
+  });
+
+  // A call that the server refuses is told at the top instead of leaving a page that does not answer.
+  const root = window.gradio_config?.root ?? "";
+  fetch(root + "/health", { method: "POST" }).then(async (reply) => {
+    if (reply.status !== 403) return;
+    const banner = document.createElement("div");
+    banner.id = "banner";
+    banner.setAttribute("role", "alert");
+    banner.textContent = (await reply.text()).trim();
+    document.body.append(banner);
+  }).catch(() => {});
+}
