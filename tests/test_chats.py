@@ -120,7 +120,8 @@ def test_a_chat_deleted_in_another_tab_stays_deleted(store):
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[]", b"null", b"7", b'{"turns": 3}', b'{"turns": [1]}',
-     b'{"turns": [{"role": "tool", "content": ""}]}', b'{"turns": [{"role": "user", "content": 7}]}', b"\xff\xfe", b"[" * 100_000, b'{"turns": [], "id": "other"}'],
+     b'{"turns": [{"role": "tool", "content": ""}]}',
+     b'{"turns": [{"role": "user", "content": 7}]}', b"\xff\xfe", b"[" * 100_000, b'{"turns": [], "id": "other"}'],
 )  # fmt: skip
 def test_a_torn_or_foreign_file_is_left_out_and_the_others_stay(store, tmp_path, content, caplog):
     good, bad = chat(), chat()

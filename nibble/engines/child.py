@@ -101,13 +101,10 @@ def load(spec: LoadSpec) -> ThreadedEngine:
         NibbleError: it cannot be loaded.
     """
     import torch
-    import transformers
 
     from nibble.devices import usable_cores
     from nibble.engines.local import LocalEngine
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(usable_cores())
     return LocalEngine.load(**asdict(spec))

@@ -15,6 +15,8 @@ from typing import Any
 
 import psutil
 import torch
+from transformers import AutoTokenizer
+from transformers import logging as transformers_logging
 
 from nibble.devices import Device, choose
 from nibble.engines.base import Chunk, EngineInfo, FinishReason, Sampling
@@ -25,10 +27,17 @@ from nibble.engines.threaded import ThreadedEngine, Ticket
 from nibble.errors import DeviceError, ModelError, NibbleError
 from nibble.library import CONTEXT_KEYS, GUIDE, GUIDE_FOLDER, check, inspect, read_config
 from nibble.lowbit.formats import FORMATS, resolve
+from nibble.lowbit.linear import kernel_name, prepare
 from nibble.prompts import Template, choose_template, clean, fit
+from nibble.transformers import AutoModelForCausalLM
 
 DEFAULT_CONTEXT = 4096
 """Where config.json does not say how many tokens the model can see."""
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+"""Formats that pack nothing -> the dtype that they are."""
+
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "defaultcpuallocator")
 """What torch's RuntimeErrors say, in lower case, when memory ran out on a device that raises no error of its own."""
@@ -118,29 +127,32 @@ class LocalEngine(ThreadedEngine):
             FormatError: `low_bit` is no format.
             DeviceError: the device is not there or has not enough memory.
         """
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
         folder, start = Path(folder), time.perf_counter()
         name = name or (GUIDE if folder.resolve() == GUIDE_FOLDER else folder.name)
         low_bit = resolve(low_bit).name if low_bit else ""
         check(folder, trust_remote_code=trust_remote_code)
-        card, where = inspect(folder, name), choose(device)
-        if dtype:
+        config, card, where = read_config(folder), inspect(folder, name), choose(device)
+        dtype = dtype or DTYPES.get(low_bit) or where.dtype
+        if dtype != where.dtype:
             where = replace(where, dtype=dtype, reason=f"{where.reason.partition(';')[0]}; {dtype}: asked for")
-        stored = card.format in FORMATS and "quantization_config" in read_config(folder)
+        stored = card.format in FORMATS and "quantization_config" in config
         try:
             tokenizer = _load_tokenizer(folder, trust_remote_code)
-            template = choose_template(tokenizer, card.family, [card.name, folder.name, _original_name(folder)])
-            model = _load_model(folder, "" if stored else low_bit, where, trust_remote_code)
-        except NibbleError:
-            raise
+            names = [card.name, folder.name, str(config.get("_name_or_path", ""))]
+            template = choose_template(tokenizer, card.family, names)
+            model = _load_model(folder, None if stored else low_bit or "bf16", where, trust_remote_code)
         except Exception as error:  # noqa: BLE001 - a foreign folder can make transformers raise anything
             raise _loading_error(error, card.name, where.kind) from error
         info = EngineInfo(
-            model=card.name, format=card.format if stored or not low_bit else low_bit, device=where.kind,
+            model=card.name, format=card.format if stored else low_bit or SHORT.get(dtype, dtype), device=where.kind,
             dtype=where.dtype, reason=where.reason, context=_context(model, tokenizer), template=template.name,
             family=card.family, parameters=card.parameters, load_s=time.perf_counter() - start, note=template.note,
         )  # fmt: skip
         engine = cls(model, tokenizer, template, info)
         engine.warm_up()
+        engine._info = replace(engine._info, kernel=kernel_name(model))  # a kernel is tried, and kept, at its first use
         return engine
 
     @property
@@ -200,31 +212,21 @@ class LocalEngine(ThreadedEngine):
 
     def _opened_thought(self, ids: list[int]) -> str:
         """`<think>` where the prompt itself opens it: the answer must show where the thinking that follows began."""
-        tail = self._tokenizer.decode(ids[-3:])
+        tail = self._tokenizer.decode(ids[-16:])
         return "<think>\n" if tail.rstrip().endswith("<think>") else ""
 
 
 def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
 
 
-def _load_model(folder: Path, low_bit: str, where: Device, trust_remote_code: bool) -> Any:
-    from nibble import lowbit
-    from nibble.transformers import AutoModelForCausalLM
-
+def _load_model(folder: Path, low_bit: str | None, where: Device, trust_remote_code: bool) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
-        folder, load_in_low_bit=low_bit or None, dtype=where.torch_dtype, trust_remote_code=trust_remote_code
+        folder, load_in_low_bit=low_bit, dtype=where.torch_dtype, trust_remote_code=trust_remote_code
     )
-    model = model.to(where.kind).eval()
-    lowbit.prepare(model)
+    model = model.to(where.kind).eval()  # type: ignore[arg-type]
+    prepare(model)
     return model
-
-
-def _original_name(folder: Path) -> str:
-    """The name under which a model was published, where its config.json still tells."""
-    return str(read_config(folder).get("_name_or_path", ""))
 
 
 def _context(model: Any, tokenizer: Any) -> int:
@@ -236,10 +238,12 @@ def _context(model: Any, tokenizer: Any) -> int:
 
 
 def _loading_error(error: Exception, name: str, kind: str) -> NibbleError:
-    if is_out_of_memory(error):
+    if is_out_of_memory(error.__cause__ or error):
         return DeviceError(
             f"The {kind} has not enough memory for {name}.", "Choose a format with fewer bits, or a smaller model."
         )
+    if isinstance(error, NibbleError):
+        return error
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return ModelError(f"{name} could not be loaded: {line[:300]}", "Check the folder, or download the model again.")
 
