@@ -95,7 +95,7 @@ def theme() -> gr.themes.Base:
 
 def words() -> gr.I18n:
     """The fixed labels of all tabs. Browsers send zh-CN and the like; Gradio asks for that name first."""
-    tables = {language: {} for language in LANGUAGES}
+    tables: dict[str, dict[str, str]] = {language: {} for language in LANGUAGES}
     for tab in TABS:
         for language in LANGUAGES:
             tables[language].update(tab.WORDS.of(language))
@@ -154,7 +154,8 @@ def build_server(settings: Settings, host: chat.Host | None = None) -> hosting.G
 
     server = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
 
-    @server.get("/health")
+    # POST too: it carries the browser's Origin, so that the page learns whether its calls are let in.
+    @server.api_route("/health", methods=["GET", "POST"])
     def health() -> dict[str, str]:
         return {"status": "ok", "model": holder.state}
 

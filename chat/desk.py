@@ -1,8 +1,8 @@
 """Where visitors and the model meet: who has which conversation open, and which answers are being written.
 
-Promises that a visitor sees conversations of their own only, that an answer which was stopped, failed or lost its reader
-keeps its text, and that one conversation has one answer in writing at most. Runs in the event loop; the disk is read in
-threads. Knows nothing of Gradio and nothing of processes.
+Promises that a visitor sees conversations of their own only, that an answer which was stopped, failed or lost its
+reader keeps its text, and that one conversation has one answer in writing at most. Runs in the event loop; the disk is
+read in threads. Knows nothing of Gradio and nothing of processes.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Desk:
 
     async def enter(self, visitor: Visitor) -> Conversation:
         """Sit down with the latest conversation, or a new one."""
-        chats = await self.list(visitor)
+        chats = await self.entries(visitor)
         return await self.open(visitor, chats[0].id) if chats else self.begin(visitor)
 
     def begin(self, visitor: Visitor) -> Conversation:
@@ -144,7 +144,7 @@ class Desk:
         """The conversation that is open."""
         return self._open.get(visitor.session) or await self.enter(visitor)
 
-    async def list(self, visitor: Visitor) -> Sequence[Entry]:
+    async def entries(self, visitor: Visitor) -> Sequence[Entry]:
         """The visitor's kept conversations, the one changed last first. A script's are not kept."""
         return await asyncio.to_thread(self._store.list, visitor.owner) if visitor.token else []
 

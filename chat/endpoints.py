@@ -1,7 +1,7 @@
 """What a script can call with gradio_client: /chat, /bot_response, /stop, /new_chat, /models, /load, /unload.
 
-Promises plain text and plain data, and that a refusal arrives as one sentence. A script's conversation is its session's:
-it stands on the server, is never written to disk, and ends with the session. Knows nothing of the page.
+Promises plain text and plain data, and that a refusal arrives as one sentence. A script's conversation is its
+session's: it stands on the server, is never written to disk, and ends with the session. Knows nothing of the page.
 """
 
 from __future__ import annotations

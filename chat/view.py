@@ -98,12 +98,8 @@ def close_fences(text: str) -> str:
 def notices(turn: Turn, before: Turn | None, language: Language) -> list[str]:
     """What a reader must know of an answer beside its text: the context was cut, another model speaks."""
     said = []
-    if (
-        before is not None
-        and turn.model
-        and before.model
-        and (turn.model, turn.format) != (before.model, before.format)
-    ):
+    # A turn that failed early knows no model.
+    if before and turn.model and before.model and (turn.model, turn.format) != (before.model, before.format):
         said.append(WORDS.say("switched", language, model=turn.model, format=turn.format))
     if turn.dropped_turns:
         said.append(WORDS.say("cut", language, value=turn.dropped_turns))

@@ -14,7 +14,7 @@ from chat.words import WORDS
 from nibble.engines.base import Sampling
 from nibble.lowbit.formats import FORMATS
 
-LATEX = [
+LATEX: list[dict[str, str | bool]] = [
     {"left": left, "right": right, "display": display}
     for left, right, display in (("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("$", "$", False))
 ]

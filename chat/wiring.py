@@ -1,7 +1,7 @@
 """What happens when a visitor does something in the Chat tab.
 
-A handler reads the values, calls one method of the desk, and says what changes on the page. Every event here is private;
-the endpoints for scripts stand in `chat.endpoints`. Knows nothing of how answers are made.
+A handler reads the values, calls one method of the desk, and says what changes on the page. Every event here is
+private; the endpoints for scripts stand in `chat.endpoints`. Knows nothing of how answers are made.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Wiring:
 
     async def shelf(self, visitor: Visitor, conversation: Conversation) -> Changes:
         """The list of conversations, with the open one marked."""
-        entries = await self.desk.list(visitor)
+        entries = await self.desk.entries(visitor)
         choices = [(entry.name or visitor.say("untitled"), entry.id) for entry in entries]
         here = conversation.id if any(entry.id == conversation.id for entry in entries) else None
         return {self.w.chats: gr.update(choices=choices, value=here), self.status: self.standing(visitor)}

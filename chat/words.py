@@ -14,8 +14,8 @@ WORDS = Words(
         "delete": ("Delete this chat", "删除此对话"),
         "delete_really": ("Delete for good", "确认删除"),
         "keep": ("Keep it", "保留"),
-        "download_markdown": ("Markdown", "Markdown"),
-        "download_json": ("JSON", "JSON"),
+        "download_markdown": ("↓ Markdown", "↓ Markdown"),
+        "download_json": ("↓ JSON", "↓ JSON"),
         "message": ("Your message", "输入消息"),
         "model_settings": ("Model", "模型"),
         "model": ("Model", "模型"),
@@ -40,7 +40,7 @@ WORDS = Words(
         # the empty chat
         "greeting": ("What would you like to know?", "想了解什么？"),
         "greeting_guide": (
-            "You are talking to **the guide**, a small model that knows Nibble itself. Load a bigger model for the rest.",
+            "You are talking to **the guide**, a small model that knows Nibble itself. Load a bigger one for the rest.",
             "与你对话的是**小向导**，一个只熟悉 Nibble 本身的小模型。其他问题请加载更大的模型。",
         ),
         "greeting_model": (

@@ -6,12 +6,12 @@ WORDS = Words(
     {
         "models": ("Models", "模型"),
         "models_intro": (
-            "### Get, shrink and keep models\n\nDownloading, quantizing and judging models here in the page is on its "
-            "way. Until then, these Python lines do it:",
-            "### 获取、压缩与管理模型\n\n在网页里下载、量化和评测模型的功能正在开发中。目前可以用下面几行 Python 完成：",
+            "### Get, shrink and keep models\n\nDownloading, quantizing and judging models here in the page is on "
+            "its way. Until then, these Python lines do it:",
+            "### 获取、压缩与管理模型\n\n网页里的下载、量化和评测功能正在开发中。目前可以用下面几行 Python 完成：",
         ),
         "models_after": (
-            "Put a saved folder into `models` in Nibble's home (`~/.nibble`), and it stands in the Chat tab under Model.",
+            "Put a saved folder into `models` in Nibble's home (`~/.nibble`), and the Chat tab offers it under Model.",
             "把保存好的文件夹放进 Nibble 主目录（`~/.nibble`）的 `models` 里，就能在“对话”页的“模型”中选择它。",
         ),
     }

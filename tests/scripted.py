@@ -102,7 +102,7 @@ class ScriptedHost:
                     yield Chunk(tokens=tokens, tokens_per_s=20.0, first_token_s=0.1, finish_reason="stopped")
                     return
                 if question == "die" and tokens == 4:
-                    raise EngineDied("The model's process was killed by the system.", "Your next message starts it again.")
+                    raise EngineDied("The model's process was killed.", "Your next message starts it again.")
                 if question == "fail" and tokens == 2:
                     raise NibbleError("The answer failed inside the model.", "Send it again.")
                 if question == "crash" and tokens == 2:
