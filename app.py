@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import secrets
 import socket
@@ -48,7 +49,7 @@ SANS = (
 )
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Liberation Mono", "monospace")
 
-SHUTDOWN_S = 2
+SHUTDOWN_S = 1
 """How long open streams may take to end after Ctrl+C."""
 
 
@@ -178,13 +179,18 @@ def _login(auth: str) -> Callable[[str, str], bool]:
 
 
 class _Server(uvicorn.Server):
-    """Says where the page is once it can be opened."""
+    """Says where the page is once it can be opened, and ends without a word about the streams that it cuts."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started and sockets:
             host, port = sockets[0].getsockname()[:2]
             print(f"Nibble is ready at http://{f'[{host}]' if ':' in host else host}:{port}/", flush=True)  # noqa: T201
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Every open page holds a stream; cutting it is no error."""
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        await super().shutdown(sockets)
 
 
 def listen(settings: Settings) -> socket.socket:

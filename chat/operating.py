@@ -18,7 +18,7 @@ from chat.widgets import ModelWidgets
 from chat.wiring import PRIVATE, Changes, visitor_from
 from nibble.config import Settings
 from nibble.errors import ModelError, NibbleError
-from nibble.library import ModelCard, find, models
+from nibble.library import ModelCard, find, inspect, models
 
 
 class Operator:
@@ -31,7 +31,11 @@ class Operator:
     def cards(self) -> list[dict[str, Any]]:
         """The models on this machine as plain data, without their paths."""
         loaded = self.host.info.model if self.host.info else ""
-        return [_plain(card, loaded) for card in models(self._settings.home_folder)]
+        cards = models(self._settings.home_folder)
+        own = self._own()
+        if own is not None and own.name not in [card.name for card in cards]:
+            cards.insert(0, inspect(own, own.name))
+        return [_plain(card, loaded) for card in cards]
 
     def names(self) -> Sequence[str]:
         """The models that can be loaded: those in the library, and the folder that the page was started with."""
