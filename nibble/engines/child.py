@@ -13,12 +13,15 @@ import signal
 import sys
 import threading
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from nibble.engines.base import Chunk, LoadSpec
 from nibble.engines.threaded import ThreadedEngine, Ticket
 from nibble.engines.wire import line, pack_chunk, pack_error, parse, unpack_request
 from nibble.errors import NibbleError
+from nibble.library import check
+from nibble.lowbit.formats import resolve
 
 BEAT_S = 2.0
 """How often the page is told how much memory the model takes."""
@@ -100,6 +103,10 @@ def load(spec: LoadSpec) -> ThreadedEngine:
     Raises:
         NibbleError: it cannot be loaded.
     """
+    # Before torch is imported: a wrong folder or name is told at once.
+    check(Path(spec.folder), trust_remote_code=spec.trust_remote_code)
+    if spec.low_bit:
+        resolve(spec.low_bit)
     import torch
 
     from nibble.devices import usable_cores
