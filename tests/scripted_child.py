@@ -15,7 +15,12 @@ def say(**message) -> None:
 
 
 def main(fault: str) -> None:
-    sys.stdin.buffer.readline()
+    name = json.loads(sys.stdin.buffer.readline())["load"]["name"]
+    if "slow" in name:
+        time.sleep(0.5)
+    if "bad" in name:
+        say(error={"kind": "ModelError", "message": "bad cannot be loaded.", "hint": "Take another."})
+        sys.exit(1)
     if fault == "dies while loading":
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "exits while loading":
@@ -26,12 +31,18 @@ def main(fault: str) -> None:
     if fault == "prints":
         sys.stdout.write('hello\n[1, 2]\n{"half": \n\n')
         sys.stdout.flush()
-    say(ready={**EngineInfo("m", "f", "cpu", "bf16", "", 8, "t").__dict__})
+    say(ready={**EngineInfo(name or "m", "f", "cpu", "bf16", "", 8, "t").__dict__})
     for line in sys.stdin.buffer:
         message = json.loads(line)
         if "ask" not in message:
             continue
         number = message["id"]
+        if fault == "says its name":
+            for count in range(1, 1001 if "long" in name else 11):
+                say(id=number, chunk={"text": f"{name} ", "tokens": count})
+                time.sleep(0.01)
+            say(id=number, chunk={"tokens": 10, "finish_reason": "stop"})
+            continue
         if fault == "stalls":
             say(id=number, chunk={"text": "a", "tokens": 1})
             time.sleep(600)

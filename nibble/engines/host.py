@@ -19,7 +19,7 @@ from nibble.config import Settings
 from nibble.devices import free_memory
 from nibble.engines.base import Chunk, EngineInfo, LoadSpec, Message, Sampling
 from nibble.engines.threaded import BEAT_S
-from nibble.engines.worker import WorkerEngine
+from nibble.engines.worker import COMMAND, WorkerEngine
 from nibble.errors import ModelError, NibbleError
 from nibble.lowbit.formats import FORMATS, resolve
 
@@ -42,12 +42,14 @@ class Wanted:
 class ModelHost:
     """Holds one model, in a process of its own. Everything asynchronous belongs to one event loop."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, command: Sequence[str] = COMMAND) -> None:
         """
         Args:
             settings: home, the default format and device, and whose own code may run. Nothing is loaded yet.
+            command: as `WorkerEngine`'s.
         """
         self._settings = settings
+        self._command = command
         self._turn = asyncio.Lock()
         self._engine: WorkerEngine | None = None
         self._alive: set[WorkerEngine] = set()
@@ -162,7 +164,7 @@ class ModelHost:
     async def _load(self, wanted: Wanted) -> EngineInfo:
         async with self._turn:
             before, self.loading, self.error = self._engine, wanted.spec.name, None
-            engine = WorkerEngine(wanted.spec)
+            engine = WorkerEngine(wanted.spec, self._command)
             try:
                 if before is not None and not await asyncio.to_thread(self._fits_beside, wanted):
                     await self._finish(before)
@@ -193,7 +195,7 @@ class ModelHost:
         return before is not None and before.device == "cpu" and wanted.bytes < free_memory("cpu")
 
     def _start_again(self, spec: LoadSpec) -> WorkerEngine:
-        engine = WorkerEngine(spec)
+        engine = WorkerEngine(spec, self._command)
         self._alive.add(engine)
         engine.start()
         return engine
