@@ -32,6 +32,8 @@ from nibble.commands.border import guarded, quiet_logs
 from nibble.config import Settings, add_flags, settings_from
 from nibble.doorstep import Doorstep
 from nibble.errors import NibbleError
+from nibble.library import check, find
+from nibble.lowbit.formats import resolve
 from nibble.words import LANGUAGES
 
 LOOK = Path(__file__).parent / "look"
@@ -218,13 +220,26 @@ def listen(settings: Settings) -> socket.socket:
     return door
 
 
+def check_model(settings: Settings) -> None:
+    """Refuse a model that cannot be loaded before the page is opened, as far as its files and its format tell.
+
+    Raises:
+        NibbleError: what is wrong with it.
+    """
+    resolve(settings.low_bit)
+    folder = find(settings.model, settings.home_folder, paths=True)
+    check(folder, trust_remote_code=settings.model in settings.trust_remote_code)
+
+
 def run(settings: Settings) -> None:
     """Serve the page until Ctrl+C or SIGTERM.
 
     Raises:
-        NibbleError: settings that must not be served, or an address that cannot be listened on.
+        NibbleError: settings that must not be served, a model that cannot be loaded, an address that is not free.
     """
     hosting.check_binding(settings)
+    hosting.parse_root_path(settings.root_path, settings.port)
+    check_model(settings)
     door = listen(settings)
     config = uvicorn.Config(
         build_server(settings), log_config=None, log_level="warning", access_log=False, ws="none",
