@@ -182,30 +182,35 @@ def convert(weight: QuantizedTensor) -> Int4Weight:
     out_features, width = weight.shape[0], fmt.padded(weight.in_features)
     table = torch.tensor(recipe.codes, dtype=torch.int32)
     codes = torch.empty(out_features, recipe.planes * width // 2, dtype=torch.uint8)
-    # The kernel's packing takes int32.
+    terms = torch.empty(recipe.planes * width // fmt.block, out_features, 2, dtype=torch.bfloat16)
+    # Small pieces: the kernel's packing takes int32.
     for part in row_chunks(out_features, recipe.planes * width, block_rows(), CHUNK // 2):
         values = table[unpack_bits(weight.codes[part], fmt.bits).flatten(1).to(torch.int32)]
         if recipe.planes == 2:
             values = torch.cat(((values >> 4) + 8, values & 15), dim=1)
         codes[part] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1).view(-1, codes.shape[1])
-    return Int4Weight(fmt, codes, _terms(weight, recipe), weight.in_features)
+        terms[:, part] = _terms(weight, recipe, part)
+    return Int4Weight(fmt, codes, terms, weight.in_features)
 
 
-def _terms(weight: QuantizedTensor, recipe: Recipe) -> torch.Tensor:
-    """bfloat16 [planes * groups, out, 2]. A code c is worth (c + offset) * step * scale (+ minimum)."""
-    scales = weight.scales.float()
+def _terms(weight: QuantizedTensor, recipe: Recipe, part: slice) -> torch.Tensor:
+    """Scale and zero of some rows, [planes * groups, rows, 2].
+
+    A code c is worth (c + offset) * step * scale, or c * scale + minimum; the kernel takes 8 off each nibble.
+    """
+    scales = weight.scales[part].float()
     if weight.format.kind == "asymmetric":
         scale, zero = scales.unbind(-1)
     else:
         scale, zero = scales * recipe.step, scales * (recipe.step * recipe.offset)
-    low = torch.stack((scale, zero + 8 * scale), dim=-1)
-    planes = [low]
+    zero = zero + 8 * scale
+    planes = [torch.stack((scale, zero), dim=-1)]
     if recipe.planes == 2:
-        # The high nibble lies in -8..7 once the 8 is taken off again, so it needs no zero. The low nibble's zero moves
-        # there as far as it is a multiple of the scale: sums of products then stay small, and so does their rounding.
-        share = 8 * scale if weight.format.kind != "asymmetric" else torch.zeros_like(scale)
-        planes = [torch.stack((16 * scale, share), dim=-1), torch.stack((scale, zero + 8 * scale - share), dim=-1)]
-    return torch.cat([plane.transpose(0, 1) for plane in planes]).bfloat16().contiguous()
+        # Where the zero is a multiple of the scale, the high nibbles carry it: the low ones then add up to little, and
+        # both sums are rounded less.
+        share = torch.zeros_like(zero) if weight.format.kind == "asymmetric" else zero
+        planes = [torch.stack((16 * scale, share), dim=-1), torch.stack((scale, zero - share), dim=-1)]
+    return torch.cat(planes, dim=1).transpose(0, 1)
 
 
 @lru_cache(maxsize=1)

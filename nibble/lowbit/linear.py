@@ -7,6 +7,7 @@ transformers. Not safe to be called first from two threads at once: `prepare` it
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -198,9 +199,18 @@ class _Product(torch.autograd.Function):
 def prepare(model: nn.Module) -> None:
     """Bring every packed layer into the form its fastest kernel wants, so that no answer waits. Harmless twice."""
     dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), torch.float32)
-    for module in model.modules():
-        if isinstance(module, LowBitLinear):
-            module.prepare(dtype)
+    layers = [module for module in model.modules() if isinstance(module, LowBitLinear)]
+    # The largest first: both its forms are in memory for a moment, and at first there is least beside them.
+    for layer in sorted(layers, key=lambda layer: layer.weight.numel(), reverse=True):
+        layer.prepare(dtype)
+    give_back_memory()
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system, where the C library keeps it (glibc does)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def kernel_name(model: nn.Module) -> str:
