@@ -123,12 +123,13 @@ def test_a_stop_keeps_the_text_so_far_and_the_next_turn_goes_on(engine, when):
     assert ask(engine, user(ONCE), max_new_tokens=40)[0] == whole
 
 
-@pytest.mark.parametrize("looks", range(12))
-def test_a_stop_at_any_moment_leaves_the_engine_whole(engine, looks):
+@pytest.mark.parametrize("looks", [*range(8), 13, 21, 34, 55])
+def test_a_stop_at_any_moment_leaves_the_engine_whole(engine, looks, monkeypatch):
+    monkeypatch.setattr("nibble.engines.generation.PIECE_TOKENS", (16, 16))
     messages = user("One day, a bird " * 20)
     whole, _ = ask(engine, messages, max_new_tokens=8)
     engine._generator.forget()
-    engine._generator._chunk = 16
+    engine._generator._piece = 16
     text, last = ask(engine, messages, StopAt(looks), max_new_tokens=400)
     assert last.finish_reason == "stopped"
     assert ask(engine, messages, max_new_tokens=8)[0] == whole
@@ -172,7 +173,7 @@ def test_an_equal_prompt_leaves_one_token_to_read(engine):
 def test_a_prompt_read_in_pieces_gives_the_same_text(engine, reference, chunk):
     prompt = "Once there was a girl. " * 30
     engine._generator.forget()
-    engine._generator._chunk = chunk
+    engine._generator._piece = chunk
     text, last = ask(engine, user(prompt), max_new_tokens=20)
     assert last.reused_tokens == 0
     assert text == generated(reference, prompt, max_new_tokens=20, do_sample=False)
@@ -421,7 +422,7 @@ def test_a_model_with_a_sliding_window_equals_generate(stories, tmp_path, window
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for prompt in (ONCE, "One day, a bird sang. " * 12):
         for _ in range(2):
-            engine._generator._chunk = 16
+            engine._generator._piece = 16
             text, last = ask(engine, user(prompt), max_new_tokens=30)
             assert text == generated((model, tokenizer), prompt, max_new_tokens=30, do_sample=False)
             assert last.reused_tokens == 0

@@ -1,7 +1,7 @@
 """One prompt of token ids into one answer of token ids.
 
-Promises that a stop is seen within half a second, also while a long prompt is being read, and that the tokens are those
-of `model.generate` on the same ids. Knows nothing of text, conversations or queues.
+Promises that a stop is seen between two layers while a prompt is being read, else at the next token, and that the
+tokens are those of `model.generate` on the same ids. Knows nothing of text, conversations or queues.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from nibble.engines.base import FinishReason
 from nibble.engines.prefix import PrefixCache
 from nibble.engines.sampling import Plan, Sampler, generation_config
 
-CHUNK_S = 0.3
-"""How long reading one piece of a prompt should take: a stop is seen between pieces."""
+LAYER_S = 0.15
+"""How long one layer should take over one piece of a prompt: a stop is seen between layers."""
 
-CHUNK_TOKENS = (16, 4096)
-"""Fewest and most tokens of a piece."""
+PIECE_TOKENS = (64, 2048)
+"""Fewest and most tokens of a piece. Small ones are dear: packed weights are unpacked anew for each."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Listener:
     """Whoever follows an answer while it is made."""
 
     stopped: Callable[[], bool]
-    """Asked before each piece of the prompt and after each token."""
+    """Asked before each layer while the prompt is read, and after each token."""
     on_prompt: Callable[[int], None]
     """Told after each piece of the prompt how many of its tokens were reused from the last answer."""
     on_token: Callable[[int], None]
@@ -59,7 +59,8 @@ class Generator:
         # Without it the model's head would be computed for every token of a piece, and then thrown away.
         lean = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._lean: dict[str, Any] = {"logits_to_keep": 1} if lean else {}
-        self._chunk = 64
+        self._layers = _layers(model)
+        self._piece = 256
 
     def run(self, ids: Sequence[int], plan: Plan, listener: Listener) -> FinishReason:
         """Answer a prompt.
@@ -69,21 +70,23 @@ class Generator:
             plan: how to sample; `max_new_tokens` must fit into the context.
             listener: told of the tokens, and asked whether to go on.
         """
-        with torch.inference_mode():
-            prompt = torch.tensor([list(ids)], dtype=torch.long, device=self._model.device)
-            cache = self._prefix.take(ids) if self._prefix.supported else None
-            if cache is not None and not self._read(prompt, cache, listener):
-                self._prefix.keep(cache, ids)
-                return "stopped"
-            watch = _Watch(listener, self.stops)
-            output = self._model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                generation_config=generation_config(plan, self.defaults, self.stops),
-                logits_processor=LogitsProcessorList([Sampler(plan, prompt.device)]),
-                stopping_criteria=StoppingCriteriaList([watch]),
-                **({"past_key_values": cache} if cache is not None else {}),
-            )
+        prompt = torch.tensor([list(ids)], dtype=torch.long, device=self._model.device)
+        cache = self._prefix.take(ids) if self._prefix.supported else None
+        with torch.inference_mode(), _Guard(self._layers, listener.stopped) as guard:
+            watch = _Watch(listener, self.stops, guard)
+            try:
+                if cache is not None:
+                    self._read(prompt, cache, listener)
+                output = self._model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    generation_config=generation_config(plan, self.defaults, self.stops),
+                    logits_processor=LogitsProcessorList([Sampler(plan, prompt.device)]),
+                    stopping_criteria=StoppingCriteriaList([watch]),
+                    **({"past_key_values": cache} if cache is not None else {}),
+                )
+            except _Stopped:
+                watch.reason, output = "stopped", prompt
             if cache is not None:
                 self._prefix.keep(cache, output[0].tolist())
         return watch.reason
@@ -92,39 +95,75 @@ class Generator:
         """Give back the memory of the last answer's keys and values."""
         self._prefix.drop()
 
-    def _read(self, prompt: torch.Tensor, cache: DynamicCache, listener: Listener) -> bool:
-        """Fill the cache with the prompt but for its last piece, which is `generate`'s; False where it was stopped."""
+    def _read(self, prompt: torch.Tensor, cache: DynamicCache, listener: Listener) -> None:
+        """Fill the cache with the prompt but for its last piece, which `generate` reads."""
         done = reused = cache.get_seq_length()
         length = prompt.shape[1]
         listener.on_prompt(reused)
-        while length - done > self._chunk:
-            if listener.stopped():
-                return False
+        while length - done > self._piece:
             start = time.perf_counter()
-            piece = prompt[:, done : done + self._chunk]
+            piece = prompt[:, done : done + self._piece]
             self._model(input_ids=piece, past_key_values=cache, use_cache=True, **self._lean)
             if prompt.device.type != "cpu":
                 torch.accelerator.synchronize()
             done += piece.shape[1]
             self._adapt(piece.shape[1], time.perf_counter() - start)
             listener.on_prompt(reused)
-        return not listener.stopped()
 
     def _adapt(self, tokens: int, seconds: float) -> None:
-        """Make the next piece last `CHUNK_S`; it at most doubles, for one measurement may have been lucky."""
-        low, high = CHUNK_TOKENS
-        self._chunk = max(low, min(high, 2 * tokens, int(tokens * CHUNK_S / max(seconds, 1e-6))))
+        """Make a layer take `LAYER_S` over the next piece; that at most doubles, for one measurement may be lucky."""
+        low, high = PIECE_TOKENS
+        wanted = int(tokens * LAYER_S * len(self._layers) / max(seconds, 1e-6))
+        self._piece = max(low, min(high, 2 * tokens, wanted))
+
+
+def _layers(model: Any) -> list[torch.nn.Module]:
+    """The modules that a model runs one after the other: its longest list of modules, or itself where it has none."""
+    lists = [list(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=len, default=[model])
+
+
+class _Stopped(Exception):
+    """Raised inside the model where a stop was seen between two layers."""
+
+
+class _Guard:
+    """Looks for a stop before each layer, until the first token is there: from then on `_Watch` looks at each token."""
+
+    def __init__(self, layers: Sequence[torch.nn.Module], stopped: Callable[[], bool]) -> None:
+        self._layers = layers
+        self._stopped = stopped
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> _Guard:
+        self._hooks = [layer.register_forward_pre_hook(self._look) for layer in self._layers]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lift()
+
+    def lift(self) -> None:
+        """Look no longer."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _look(self, *_: object) -> None:
+        if self._stopped():
+            raise _Stopped
 
 
 class _Watch(StoppingCriteria):
     """Sees each token as transformers' loop makes it; tells of it, and ends the loop when asked to."""
 
-    def __init__(self, listener: Listener, stops: Sequence[int]) -> None:
+    def __init__(self, listener: Listener, stops: Sequence[int], guard: _Guard) -> None:
         self._listener = listener
         self._stops = frozenset(stops)
+        self._guard = guard
         self.reason: FinishReason = "length"
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> Any:
+        self._guard.lift()
         token = int(input_ids[0, -1])
         if token in self._stops:
             self.reason = "stop"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
+from typing import Any
 
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -45,9 +46,19 @@ class PrefixCache:
         return DynamicCache(config=self._config)
 
     def keep(self, cache: DynamicCache, ids: Sequence[int]) -> None:
-        """Keep a cache with the ids that it was filled with; `ids` may be longer than what it holds."""
-        length = cache.get_seq_length()
+        """Keep a cache with the ids that it was filled with.
+
+        Args:
+            cache: one that `take` gave. Where reading was stopped between two layers, some hold more than others: what
+                not all of them hold is cut off.
+            ids: may be longer than what the cache holds.
+        """
+        layers: list[Any] = list(cache.layers)
+        lengths = [layer.get_seq_length() for layer in layers]
+        length = min(lengths)
         if self._reusable and 0 < length <= len(ids):
+            for layer, held in zip(layers, lengths, strict=True):
+                layer.crop(length - held)
             self._kept = (cache, list(ids[:length]))
 
     def drop(self) -> None:
