@@ -99,10 +99,12 @@ class ModelWiring:
         """What the drawer shows when the page is opened."""
         info = self.operator.host.info
         name = info.model if info else self.operator.host.loading
-        names = self.operator.names()
+        names = list(self.operator.names())
+        if name and name not in names:  # loaded, and taken out of the library since
+            names.insert(0, name)
         low_bit = info.format if info else self._settings.low_bit
         return {
-            self.w.name: gr.update(choices=names, value=name if name in names else None),
+            self.w.name: gr.update(choices=names, value=name or None),
             self.w.low_bit: gr.update(value=low_bit),
             self.w.device: gr.update(value=self._settings.device),
         }

@@ -24,15 +24,4 @@
   document.addEventListener("click", (event) => {
     if (event.target.closest("#new-chat, #chats label")) setTimeout(close, 100);
   });
-
-  // A call that the server refuses is told at the top instead of leaving a page that does not answer.
-  const root = window.gradio_config?.root ?? "";
-  fetch(root + "/health", { method: "POST" }).then(async (reply) => {
-    if (reply.status !== 403) return;
-    const banner = document.createElement("div");
-    banner.id = "banner";
-    banner.setAttribute("role", "alert");
-    banner.textContent = (await reply.text()).trim();
-    document.body.append(banner);
-  }).catch(() => {});
 }

@@ -22,10 +22,24 @@ TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
 YEAR_S = 365 * 24 * 3600
 
 FIND_OURSELVES = """<script>
+(() => {
 if (!location.pathname.endsWith("/")) location.replace(location.pathname + "/" + location.search + location.hash);
-if (window.gradio_config) window.gradio_config.root = location.origin + location.pathname.replace(/\\/$/, "");
+const here = location.origin + location.pathname.replace(/\\/$/, "");
+if (window.gradio_config) window.gradio_config.root = here;
+fetch(here + "/health", {method: "POST"}).then(async (reply) => {
+  if (reply.status !== 403) return;
+  const banner = document.createElement("div");
+  banner.id = "banner";
+  banner.setAttribute("role", "alert");
+  banner.style = "position:fixed;inset:0 0 auto 0;z-index:9999;padding:.7rem 1rem;font:15px/1.5 system-ui;" +
+    "color:#7a2e0e;background:#fffaeb;border-bottom:1px solid #fedf89";
+  banner.textContent = (await reply.text()).trim();
+  document.documentElement.append(banner);
+}).catch(() => {});
+})();
 </script>"""
-"""Relative addresses need the slash; the root that a server behind a proxy works out may be one nobody can reach."""
+"""Relative addresses need the slash; the root that a server behind a proxy works out may be one nobody can reach. Where
+the server refuses calls from this address, its line, which names the setting, stands over a page that cannot answer."""
 
 BEFORE = re.compile(r"<script type=\"module\"|</head>")
 """Gradio's own script, which reads `window.gradio_config.root`; ours must come first."""
