@@ -251,10 +251,13 @@ def test_sampling_system_prompt_and_model_are_set_in_the_sidebar(
 EVIL = (
     "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "![x](https://evil.example/?q=1)",
     "[click](javascript:alert(1))", "<iframe src='https://evil.example'></iframe>", "<svg onload=alert(1)>",
-    "<a href='jav&#x09;ascript:alert(1)'>x</a>", "$\\href{javascript:alert(1)}{x}$", "<style>@import '//evil.example'</style>",
+    "<a href='jav&#x09;ascript:alert(1)'>x</a>", "$\\href{javascript:alert(1)}{x}$",
+    "<style>@import '//evil.example'</style>",
     "<details open ontoggle=alert(1)>", "<math><mtext><img src=x onerror=alert(1)></mtext></math>",
-    "<form action='https://evil.example'><button>x</button></form>", "<base href='https://evil.example/'>",
-    "<link rel=stylesheet href='https://evil.example/x.css'>", "<meta http-equiv=refresh content='0;url=https://evil.example'>",
+    "<form action='https://evil.example'><button>x</button></form>",
+    "<base href='https://evil.example/'>",
+    "<link rel=stylesheet href='https://evil.example/x.css'>",
+    "<meta http-equiv=refresh content='0;url=https://evil.example'>",
 )  # fmt: skip
 
 
