@@ -109,13 +109,15 @@ def test_a_cast_of_the_model_leaves_the_weight_as_it_is(name: str) -> None:
 def test_training_after_chatting_uses_the_exact_weight() -> None:
     layer = layer_of("asym_int5", 64, 64).to(torch.bfloat16)
     with torch.inference_mode():
-        layer(rows_of(1, 64, torch.bfloat16))
+        layer(rows_of(5, 64, torch.bfloat16))
     kernel = layer.kernel
     given_rows = rows_of(3, 64).requires_grad_()
     layer(given_rows).sum().backward()
     assert torch.allclose(given_rows.grad, layer.dequantize().sum(0).expand(3, -1), atol=1e-5)
     with torch.inference_mode():
         layer(rows_of(1, 64, torch.bfloat16))
+    assert layer.kernel == "portable"
+    layer.prepare(torch.bfloat16)
     assert layer.kernel == kernel
 
 

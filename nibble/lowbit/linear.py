@@ -59,6 +59,7 @@ class LowBitLinear(nn.Linear):
         )
         self._fast: kernels.Int4Weight | None = None
         self._asked: torch.dtype | None = None
+        self._trained = False
 
     @classmethod
     def from_linear(cls, layer: nn.Linear, name: str) -> LowBitLinear:
@@ -110,9 +111,12 @@ class LowBitLinear(nn.Linear):
         rows = input.reshape(-1, self.in_features)
         if torch.is_grad_enabled() and input.requires_grad:
             self._restore()
+            self._trained = True
             out = _Product.apply(_activations(rows), self.format, self.weight, self.weight_scale)
         else:
-            if self._asked is None and len(rows) == 1 and not self.training:
+            # Whatever the number of rows: a prompt asked twice must meet the same weights. But the evaluations between
+            # training steps must not move every weight there and back.
+            if self._asked is None and not (self.training or self._trained):
                 self.prepare(rows.dtype)
             if self._fast is not None and rows.dtype == torch.bfloat16:
                 out = self._fast.matmul(rows)
