@@ -126,6 +126,7 @@ def test_a_stop_keeps_the_text_so_far_and_the_next_turn_goes_on(engine, when):
 @pytest.mark.parametrize("looks", [*range(8), 13, 21, 34, 55])
 def test_a_stop_at_any_moment_leaves_the_engine_whole(engine, looks, monkeypatch):
     monkeypatch.setattr("nibble.engines.generation.PIECE_TOKENS", (16, 16))
+    monkeypatch.setattr("nibble.engines.generation.TOKEN_S", 0)  # tokens are interrupted between layers too
     messages = user("One day, a bird " * 20)
     whole, _ = ask(engine, messages, max_new_tokens=8)
     engine._generator.forget()

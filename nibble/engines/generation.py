@@ -1,7 +1,7 @@
 """One prompt of token ids into one answer of token ids.
 
-Promises that a stop is seen between two layers while a prompt is being read, else at the next token, and that the
-tokens are those of `model.generate` on the same ids. Knows nothing of text, conversations or queues.
+Promises that a stop is seen between two layers while a prompt is being read or tokens come slowly, else at the next
+token, and that the tokens are those of `model.generate` on the same ids. Knows nothing of text or conversations.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from nibble.engines.sampling import Plan, Sampler, generation_config
 
 LAYER_S = 0.15
 """How long one layer should take over one piece of a prompt: a stop is seen between layers."""
+
+TOKEN_S = 0.2
+"""Tokens that come faster are not interrupted between layers."""
 
 PIECE_TOKENS = (64, 2048)
 """Fewest and most tokens of a piece. Small ones are dear: packed weights are unpacked anew for each."""
@@ -77,7 +80,7 @@ class Generator:
             try:
                 if cache is not None:
                     self._read(prompt, cache, listener)
-                output = self._model.generate(
+                self._model.generate(
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     generation_config=generation_config(plan, self.defaults, self.stops),
@@ -86,9 +89,9 @@ class Generator:
                     **({"past_key_values": cache} if cache is not None else {}),
                 )
             except _Stopped:
-                watch.reason, output = "stopped", prompt
+                watch.reason = "stopped"
             if cache is not None:
-                self._prefix.keep(cache, output[0].tolist())
+                self._prefix.keep(cache, [*ids, *watch.tokens])
         return watch.reason
 
     def forget(self) -> None:
@@ -128,7 +131,7 @@ class _Stopped(Exception):
 
 
 class _Guard:
-    """Looks for a stop before each layer, until the first token is there: from then on `_Watch` looks at each token."""
+    """Looks for a stop before each layer, until it is lifted."""
 
     def __init__(self, layers: Sequence[torch.nn.Module], stopped: Callable[[], bool]) -> None:
         self._layers = layers
@@ -160,11 +163,17 @@ class _Watch(StoppingCriteria):
         self._listener = listener
         self._stops = frozenset(stops)
         self._guard = guard
+        self._latest = 0.0
+        self.tokens: list[int] = []
+        """Every new token, those that end the answer too."""
         self.reason: FinishReason = "length"
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> Any:
-        self._guard.lift()
-        token = int(input_ids[0, -1])
+        token, now = int(input_ids[0, -1]), time.perf_counter()
+        if self.tokens and now - self._latest < TOKEN_S:
+            self._guard.lift()
+        self.tokens.append(token)
+        self._latest = now
         if token in self._stops:
             self.reason = "stop"
         else:

@@ -52,6 +52,8 @@ class _Progress:
     began: float
     prompt_tokens: int
     dropped_turns: int
+    lead: str
+    """Text before the first token's."""
     reused_tokens: int = 0
     tokens: int = 0
     first: float | None = None
@@ -71,6 +73,7 @@ class _Progress:
 
     def finish(self, reason: FinishReason) -> None:
         text, whole = self.decoder.end()
+        whole = None if whole is None else self.lead + whole
         self.ticket.emit(replace(self.chunk(text), finish_reason=reason, full_text=whole))
 
     def chunk(self, text: str = "") -> Chunk:
@@ -180,11 +183,9 @@ class LocalEngine(ThreadedEngine):
             raise ModelError("The tokenizer has tokens that the model does not know.", "Use the model's own tokenizer.")
         progress = _Progress(
             ticket, self._decoder(fitted.ids[-4:] if self._template.continues else ()), began, len(fitted.ids),
-            fitted.dropped_turns,
+            fitted.dropped_turns, self._opened_thought(fitted.ids),
         )  # fmt: skip
-        lead = self._opened_thought(fitted.ids)
-        if lead:
-            ticket.emit(progress.chunk(lead))
+        ticket.emit(progress.chunk(progress.lead))
         wanted = replace(wanted, max_new_tokens=min(wanted.max_new_tokens, context - len(fitted.ids)))
         listener = Listener(lambda: ticket.stopped, progress.on_prompt, progress.on_token)
         progress.finish(self._generator.run(fitted.ids, wanted, listener))
