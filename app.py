@@ -34,6 +34,7 @@ from nibble.doorstep import Doorstep
 from nibble.errors import NibbleError
 from nibble.library import check, find
 from nibble.lowbit.formats import resolve
+from nibble.throttle import LoginThrottle
 from nibble.words import LANGUAGES
 
 LOOK = Path(__file__).parent / "look"
@@ -171,7 +172,7 @@ def build_server(settings: Settings, host: chat.Host | None = None) -> hosting.G
         css=(LOOK / "style.css").read_text(encoding="utf-8"), js=(LOOK / "page.js").read_text(encoding="utf-8"),
         head=(LOOK / "head.html").read_text(encoding="utf-8"),
     )  # fmt: skip
-    return hosting.Guard(Doorstep(server), settings)
+    return hosting.Guard(LoginThrottle(Doorstep(server)), settings)
 
 
 def _login(auth: str) -> Callable[[str, str], bool]:

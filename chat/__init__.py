@@ -37,7 +37,7 @@ def build(i18n: gr.I18n, page: gr.Blocks, host: Host, settings: Settings, status
     widgets = build_widgets(i18n, operator=not settings.public)
     wiring = Wiring(widgets, desk, status)
     wiring.wire()
-    drawer = ModelWiring(widgets.model, operator, settings) if widgets.model else None
+    drawer = ModelWiring(widgets.model, operator, settings, wiring) if widgets.model else None
     outputs = list(wiring.outputs)
     if drawer is not None:
         drawer.wire()

@@ -15,7 +15,7 @@ import gradio as gr
 
 from chat.desk import Host, Visitor
 from chat.widgets import ModelWidgets
-from chat.wiring import PRIVATE, Changes, visitor_from
+from chat.wiring import PRIVATE, Changes, Wiring, visitor_from
 from nibble.config import Settings
 from nibble.errors import ModelError, NibbleError
 from nibble.library import ModelCard, find, inspect, models
@@ -79,10 +79,11 @@ def _plain(card: ModelCard, loaded: str) -> dict[str, Any]:
 class ModelWiring:
     """The handlers of the drawer with the models."""
 
-    def __init__(self, widgets: ModelWidgets, operator: Operator, settings: Settings) -> None:
+    def __init__(self, widgets: ModelWidgets, operator: Operator, settings: Settings, page: Wiring) -> None:
         self.w = widgets
         self.operator = operator
         self._settings = settings
+        self._page = page
 
     @property
     def shown(self) -> list[gr.Dropdown]:
@@ -91,7 +92,7 @@ class ModelWiring:
 
     def wire(self) -> None:
         """Attach every handler."""
-        outputs = [self.w.report, self.w.load, self.w.unload]
+        outputs = [self.w.report, self.w.load, self.w.unload, self._page.w.conversation, self._page.status]
         self.w.load.click(self.load, self.shown, outputs, **PRIVATE)
         self.w.unload.click(self.unload, None, outputs, **PRIVATE)
 
@@ -117,11 +118,12 @@ class ModelWiring:
             said = await self.operator.load(visitor, name or "", low_bit or "", device or "")
         except NibbleError as error:
             said = str(error)
-        yield self._busy(False, escape(said))
+        yield self._busy(False, escape(said)) | self._page.greeted(visitor)
 
     async def unload(self, request: gr.Request) -> Changes:
         """The button Unload."""
-        return self._busy(False, await self.operator.unload(visitor_from(request)))
+        visitor = visitor_from(request)
+        return self._busy(False, await self.operator.unload(visitor)) | self._page.greeted(visitor)
 
     def _busy(self, busy: bool, said: str) -> Changes:
         button = gr.update(interactive=not busy)

@@ -160,10 +160,14 @@ def status_line(standing: Standing, language: Language) -> str:
     why = [standing.sentence]
     if info is not None:
         why += [f"{info.reason}.", WORDS.say("kernel", language, value=info.kernel) if info.kernel else ""]
-        why += [WORDS.say("context", language, value=info.context), info.note]
+        why += [WORDS.say("context", language, value=info.context)]
+        why += [WORDS.say("template", language, value=info.template), info.note]
     line, more = (escape(text) for text in (" · ".join(parts), " ".join(part for part in why if part)))
+    # Why there is no model must be seen at once.
+    unfolded = " open" if standing.state == "failed" else ""
     return (
-        f'<div class="top"><span class="brand"><i>▪▫▪▪</i> Nibble</span><details class="{escape(standing.state)}">'
+        '<div class="top"><span class="brand"><i>▪▫▪▪</i> Nibble</span>'
+        f'<details class="{escape(standing.state)}"{unfolded}>'
         f'<summary title="{more}">{line}</summary><p>{more}</p></details></div>'
     )
 

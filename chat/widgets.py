@@ -83,13 +83,13 @@ def build_widgets(i18n: gr.I18n, *, operator: bool) -> Widgets:
                     )
                     for item in fields(Sampling)
                 ]
-            with gr.Row(elem_classes="tools"):
-                markdown = gr.Button(i18n("download_markdown"), size="sm", elem_classes="plain", elem_id="get-markdown")
-                json = gr.Button(i18n("download_json"), size="sm", elem_classes="plain", elem_id="get-json")
-                delete = gr.Button(i18n("delete"), size="sm", elem_classes="plain", elem_id="delete")
-            with gr.Row(elem_classes="tools", visible=False) as really:
-                delete_really = gr.Button(i18n("delete_really"), size="sm", variant="stop", elem_id="delete-really")
-                keep = gr.Button(i18n("keep"), size="sm", elem_classes="plain", elem_id="keep")
+        with gr.Row(elem_classes="tools"):
+            markdown = gr.Button(i18n("download_markdown"), size="sm", elem_classes="plain", elem_id="get-markdown")
+            json = gr.Button(i18n("download_json"), size="sm", elem_classes="plain", elem_id="get-json")
+            delete = gr.Button(i18n("delete"), size="sm", elem_classes="plain", elem_id="delete")
+        with gr.Row(elem_classes="tools", visible=False) as really:
+            delete_really = gr.Button(i18n("delete_really"), size="sm", variant="stop", elem_id="delete-really")
+            keep = gr.Button(i18n("keep"), size="sm", elem_classes="plain", elem_id="keep")
     file = gr.JSON(visible=False, elem_id="file")
     conversation = gr.Chatbot(
         elem_id="chatbot", show_label=False, container=False, layout="panel", editable="user", buttons=["copy"],

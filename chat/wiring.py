@@ -104,16 +104,20 @@ class Wiring:
         here = conversation.id if any(entry.id == conversation.id for entry in entries) else None
         return {self.w.chats: gr.update(choices=choices, value=here), self.status: self.standing(visitor)}
 
-    async def scene(self, visitor: Visitor, conversation: Conversation) -> Changes:
-        """Everything, for a conversation that has just been opened."""
+    def greeted(self, visitor: Visitor) -> Changes:
+        """What an empty chat shows, and the line over the tabs: they change with the model."""
         host = self.desk.host
         name, form = (host.info.model, host.info.format) if host.info else (host.loading, "")
-        changes = self.picture(visitor, Progress(conversation, "…" if self.desk.writes(conversation) else ""))
-        changes[self.w.conversation].update(
-            placeholder=greeting(name, form, visitor.language),
-            examples=[{"text": text} for text in EXAMPLES[visitor.language]],
-        )
-        changes |= self.button(self.desk.writes(conversation)) | await self.shelf(visitor, conversation)
+        said = greeting(name, form, visitor.language)
+        return {self.w.conversation: gr.update(placeholder=said), self.status: self.standing(visitor)}
+
+    async def scene(self, visitor: Visitor, conversation: Conversation) -> Changes:
+        """Everything, for a conversation that has just been opened."""
+        writing = self.desk.writes(conversation)
+        changes = self.picture(visitor, Progress(conversation, "…" if writing else ""))
+        changes[self.w.conversation] |= self.greeted(visitor)[self.w.conversation]
+        changes[self.w.conversation] |= {"examples": [{"text": text} for text in EXAMPLES[visitor.language]]}
+        changes |= self.button(writing) | await self.shelf(visitor, conversation)
         return changes | {self.w.system: conversation.system}
 
     # What a visitor does.

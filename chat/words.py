@@ -112,6 +112,7 @@ WORDS = Words(
         "state_loading": ("loading {model}…", "正在加载 {model}……"),
         "state_failed": ("not loaded", "加载失败"),
         "kernel": ("One token at a time by: {value}.", "逐词元计算方式：{value}。"),
+        "template": ("Chat template: {value}.", "对话模板：{value}。"),
         "context": ("Context: {value:,} tokens.", "上下文：{value:,} 个词元。"),
         "queue_free": ("idle", "空闲"),
         "queue_busy": ("{value} in work", "{value} 个进行中"),

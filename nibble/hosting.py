@@ -44,7 +44,9 @@ SPOKEN = (b"host", b"origin", b"sec-fetch-site")
 FORGOTTEN = (b"x-forwarded-host", b"x-gradio-server")
 """Headers by which a caller could make Gradio believe that it stands at another address."""
 
-CLOSED_PATHS = ("/gradio_api/openapi.json", "/monitoring", "/monitoring/summary")
+CLOSED_PATHS = ("/gradio_api/openapi.json", "/gradio_api/upload", "/monitoring", "/monitoring/summary")
+"""What Gradio serves and the page has no use for."""
+
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 NOTEBOOK = re.compile(r"^(/dsw-[\w-]+)(?:/(?:lab|tree|notebooks|edit|terminals)\b.*|/?)$")
 """Address of a ModelScope DSW notebook, whose proxy serves port N under /dsw-…/proxy/N."""
