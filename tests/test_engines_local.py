@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from nibble.engines.base import Chunk, EngineInfo, Sampling
 from nibble.engines.local import LocalEngine
+from nibble.engines.threaded import Request
 from nibble.errors import DeviceError, FormatError, ModelError, NibbleError
 from nibble.prompts import choose_template
 
@@ -455,3 +456,14 @@ def test_a_tokenizer_with_tokens_that_the_model_lacks_is_a_sentence(stories, tmp
         with pytest.raises(ModelError, match="does not know"):
             ask(engine, user("the zebra's quiz"))
         engine.close()
+
+
+def test_a_slow_model_that_still_moves_gives_signs_of_life(fragile, monkeypatch):
+    engine, model = fragile
+    monkeypatch.setattr("nibble.engines.local.ALIVE_S", 0.01)
+    slow = [layer.register_forward_pre_hook(lambda *_: time.sleep(0.02)) for layer in model.model.layers]
+    chunks = []
+    engine.submit(Request(user(ONCE), Sampling(max_new_tokens=2)), chunks.append)
+    while not chunks or chunks[-1].finish_reason is None:
+        time.sleep(0.01)
+    assert len([chunk for chunk in chunks if not chunk.tokens]) >= len(slow)

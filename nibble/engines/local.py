@@ -34,6 +34,9 @@ from nibble.transformers import AutoModelForCausalLM
 DEFAULT_CONTEXT = 4096
 """Where config.json does not say how many tokens the model can see."""
 
+ALIVE_S = 5.0
+"""How long an answer may say nothing while its layers still run: silence is taken for a stall."""
+
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 """Formats that pack nothing -> the dtype that they are."""
 
@@ -59,22 +62,33 @@ class _Progress:
     first: float | None = None
     """Seconds from the turn's begin to the first token."""
     latest: float = 0.0
+    told: float = 0.0
+    """When something was last said of it."""
+
+    def tell(self, chunk: Chunk) -> None:
+        self.told = time.perf_counter()
+        self.ticket.emit(chunk)
+
+    def stopped(self) -> bool:
+        if time.perf_counter() - self.told > ALIVE_S:
+            self.tell(self.chunk())
+        return self.ticket.stopped
 
     def on_prompt(self, reused: int) -> None:
         self.reused_tokens = reused
-        self.ticket.emit(self.chunk())
+        self.tell(self.chunk())
 
     def on_token(self, token: int) -> None:
         self.tokens += 1
         self.latest = time.perf_counter() - self.began
         if self.first is None:
             self.first = self.latest
-        self.ticket.emit(self.chunk(self.decoder.push(token)))
+        self.tell(self.chunk(self.decoder.push(token)))
 
     def finish(self, reason: FinishReason) -> None:
         text, whole = self.decoder.end()
         whole = None if whole is None else self.lead + whole
-        self.ticket.emit(replace(self.chunk(text), finish_reason=reason, full_text=whole))
+        self.tell(replace(self.chunk(text), finish_reason=reason, full_text=whole))
 
     def chunk(self, text: str = "") -> Chunk:
         seconds = self.latest - (self.first or 0.0)
@@ -185,9 +199,9 @@ class LocalEngine(ThreadedEngine):
             ticket, self._decoder(fitted.ids[-4:] if self._template.continues else ()), began, len(fitted.ids),
             fitted.dropped_turns, self._opened_thought(fitted.ids),
         )  # fmt: skip
-        ticket.emit(progress.chunk(progress.lead))
+        progress.tell(progress.chunk(progress.lead))
         wanted = replace(wanted, max_new_tokens=min(wanted.max_new_tokens, context - len(fitted.ids)))
-        listener = Listener(lambda: ticket.stopped, progress.on_prompt, progress.on_token)
+        listener = Listener(progress.stopped, progress.on_prompt, progress.on_token)
         progress.finish(self._generator.run(fitted.ids, wanted, listener))
 
     def explain(self, error: BaseException) -> NibbleError:
