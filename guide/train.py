@@ -152,7 +152,7 @@ def optimiser_of(model: nn.Module, recipe: Recipe, device: torch.device) -> torc
 
 
 @torch.inference_mode()
-def answer_all(model: Qwen2ForCausalLM, tokenizer: Tokenizer, conversations: list[Conversation], batch: int = 256) -> list[str]:
+def answer_all(model: Qwen2ForCausalLM, tokenizer: Tokenizer, conversations: list[Conversation], batch: int = 1024) -> list[str]:
     """The greedy answer to each conversation, which ends with a user's message."""
     encoder = Encoder(tokenizer)
     opening = tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False).ids
@@ -189,6 +189,7 @@ def train(recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer) -> Qwen2ForCausa
     """Train one model; prints its progress."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     torch.manual_seed(recipe.seed)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape of batch, and no two are alike
     model = Qwen2ForCausalLM(model_config(tokenizer.get_vocab_size())).to(device)
     model.generation_config = generation_config()
     add_dropout(model, recipe.dropout)
@@ -213,7 +214,7 @@ def train(recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer) -> Qwen2ForCausa
             speed = seen / (time.monotonic() - began)
             print(f"step {step + 1} loss {float(total) / counted:.4f} tokens/s {speed:,.0f}", flush=True)
             total, counted = 0.0, 0
-        if (step + 1) % max(1, recipe.steps // 4) == 0:
+        if (step + 1) % max(1, recipe.steps // 2) == 0 and step + 1 < recipe.steps:
             print("development set", json.dumps(development_score(model, tokenizer, corpus)), flush=True)
     return model.eval()
 

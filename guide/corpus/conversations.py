@@ -8,13 +8,13 @@ import random
 import re
 from dataclasses import dataclass, field
 
-from guide.corpus.load import LANGUAGES, Corpus, Topic, is_held_out
+from guide.corpus.load import LANGUAGES, Corpus, Pattern, Topic, is_held_out
 from guide.corpus.vary import HAN, Strength, Vary, language_of, pseudo_word
 
 _SLOT = re.compile(r"\{([a-z_]+?)[23]?\}")
 _WEIGHTS = {"topic": 0.70, "beyond": 0.18, "talk": 0.105, "tour": 0.015}
-_PLAIN = Strength(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-_LIGHT = Strength(synonyms=0.3, delete=0.08, fragment=0.0, reorder=0.03, filler=0.05, pseudo=0.0, typo=0.12, around=0.2)
+_PLAIN = Strength(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+_LIGHT = Strength(synonyms=0.3, delete=0.08, fragment=0.0, reorder=0.03, bag=0.0, filler=0.05, pseudo=0.0, typo=0.12, around=0.2)
 
 
 @dataclass
@@ -40,12 +40,13 @@ class _State:
 class Generator:
     """An endless source of training conversations."""
 
-    def __init__(self, corpus: Corpus, seed: int, hold_out: bool = True, strength: Strength | None = None) -> None:
-        """`hold_out`: leave the development set's questions out. `strength`: how much a topic's question is varied."""
+    def __init__(self, corpus: Corpus, seed: int, hold_out: bool = True, patterned: float = 0.4) -> None:
+        """`hold_out`: leave the development set's questions out. `patterned`: share of topic questions from patterns."""
         self._corpus = corpus
         self._rng = random.Random(seed)
         self._vary = Vary(corpus.lexicon, corpus.wording)
-        self._strength = strength or Strength()
+        self._patterned = patterned
+        self._strength = Strength()
         self._topics = {kind: corpus.of_kind(kind) for kind in _WEIGHTS}
         self._beyond_weights = [len(t.ask["en"]) ** 0.5 for t in self._topics["beyond"]]
         self._ask = {
@@ -110,13 +111,23 @@ class Generator:
     def _one_question(self, topic: Topic, language: str) -> str:
         rng = self._rng
         text = self._fill(rng.choice(self._ask[topic.id, language]), language)
-        if topic.kind == "topic" and rng.random() < 0.08:
-            text = self._splice(text, rng.choice(self._ask[topic.id, language]), language)
+        if topic.kind == "topic":
+            if topic.patterns[language] and rng.random() < self._patterned:
+                text = self._from_pattern(rng.choice(topic.patterns[language]), language)
+            if rng.random() < 0.08:
+                text = self._splice(text, rng.choice(self._ask[topic.id, language]), language)
         if topic.kind != "topic":
             strength = _LIGHT
         else:
             strength = self._strength if rng.random() < 0.8 else _PLAIN
         return self._vary.question(text, rng, strength)
+
+    def _from_pattern(self, pattern: Pattern, language: str) -> str:
+        rng = self._rng
+        parts = [choice for choice in (rng.choice(part) for part in pattern) if choice]
+        if rng.random() < 0.08:
+            rng.shuffle(parts)
+        return (" " if language == "en" else "").join(parts)
 
     def _splice(self, one: str, two: str, language: str) -> str:
         """Two questions of the same topic, side by side or half and half."""

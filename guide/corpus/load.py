@@ -8,7 +8,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,10 @@ FOLDER = Path(__file__).resolve().parent
 HELD_OUT_PERCENT = 7
 
 
+# Parts in order, each a choice of words; "" among them means that the part may be left out.
+Pattern = tuple[tuple[str, ...], ...]
+
+
 @dataclass(frozen=True)
 class Topic:
     """One thing that the guide can say, and the questions that ask for it."""
@@ -27,6 +31,7 @@ class Topic:
     kind: str  # topic, talk, beyond or tour
     answer: dict[str, str]  # language -> the one answer
     ask: dict[str, tuple[str, ...]]  # language -> questions; those of kind `beyond` hold {slots}
+    patterns: dict[str, tuple[Pattern, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,21 +88,34 @@ def _read(path: Path) -> Any:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-def _topic(entry: dict[str, Any], kind: str) -> Topic:
+def _pattern(text: str) -> Pattern:
+    """`a|b + ?c|d`: choices in order; a part that begins with `?`, or has `?` for a choice, may be left out."""
+    parts = []
+    for part in text.split(" + "):
+        optional = part.startswith("?")
+        parts.append(tuple("" if choice == "?" else choice for choice in part.removeprefix("?").split("|")))
+        if optional:
+            parts[-1] += ("",) * len(parts[-1])
+    return tuple(parts)
+
+
+def _topic(entry: dict[str, Any], kind: str, patterns: dict[str, dict[str, list[str]]]) -> Topic:
     answer = {language: str(entry["answer"][language]).strip() for language in LANGUAGES}
     ask = {language: tuple(dict.fromkeys(str(q).strip() for q in entry["ask"][language])) for language in LANGUAGES}
-    return Topic(str(entry["id"]), kind, answer, ask)
+    shapes = {language: tuple(map(_pattern, patterns[language].get(entry["id"], ()))) for language in LANGUAGES}
+    return Topic(str(entry["id"]), kind, answer, ask, shapes)
 
 
 def _topics(folder: Path) -> dict[str, Topic]:
     beyond = _read(folder / "beyond.yaml")
+    patterns = {language: _read(folder / "patterns" / f"{language}.yaml") for language in LANGUAGES}
     entries = [("topic", entry) for path in sorted((folder / "topics").glob("*.yaml")) for entry in _read(path)]
     entries += [("talk", entry) for entry in _read(folder / "talk.yaml")]
     entries += [("tour", entry) for entry in _read(folder / "tour.yaml")]
     entries += [("beyond", entry) for entry in beyond["kinds"]]
     topics: dict[str, Topic] = {}
     for kind, entry in entries:
-        topic = _topic(entry, kind)
+        topic = _topic(entry, kind, patterns)
         if topic.id in topics:
             raise ValueError(f"topic {topic.id} is written twice")
         topics[topic.id] = topic

@@ -45,6 +45,7 @@ class Strength:
     delete_word: float = 0.13
     fragment: float = 0.12
     reorder: float = 0.08
+    bag: float = 0.05
     filler: float = 0.1
     pseudo: float = 0.05
     typo: float = 0.15
@@ -109,6 +110,7 @@ class Vary:
             (strength.synonyms, lambda t, r, lang: self._synonyms[lang].replace(t, strength.synonym_word, r)),
             (strength.delete, lambda t, r, lang: self._delete(t, r, lang, strength.delete_word)),
             (strength.reorder, self._reorder),
+            (strength.bag, self._bag),
             (strength.filler, self._filler),
             (strength.pseudo, self._pseudo),
             (strength.around, self._around),
@@ -152,6 +154,12 @@ class Vary:
             i = rng.randrange(len(parts) - 1)
             parts[i], parts[i + 1] = parts[i + 1], parts[i]
         return gap.join(parts)
+
+    def _bag(self, text: str, rng: random.Random, language: str) -> str:
+        """The words in any order: what is asked should not hang on the order alone."""
+        parts = [p.strip() for p in self._parts(text, language) if p.strip()]
+        rng.shuffle(parts)
+        return (" " if language == "en" else "").join(parts)
 
     def _filler(self, text: str, rng: random.Random, language: str) -> str:
         return self._insert(text, rng.choice(self._wording[language]["fillers"]), rng, language)
