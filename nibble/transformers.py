@@ -239,8 +239,8 @@ def _from_bitsandbytes(config: Any) -> dict[str, Any]:
     names = {"nf4": "nf4", "fp4": "fp4", "int4": "sym_int4", "bf16": "bf16"}
     if get("load_in_8bit"):
         low_bit = "sym_int8"
-    elif get("load_in_4bit") and get("bnb_4bit_quant_type") in names:
-        low_bit = names[get("bnb_4bit_quant_type")]
+    elif get("load_in_4bit") and (kind := str(get("bnb_4bit_quant_type"))) in names:
+        low_bit = names[kind]
     else:
         raise FormatError(
             f"A {type(config).__name__} is not something that can be loaded in low bit here.",
@@ -306,6 +306,8 @@ def _load(auto_class: Any, folder: Path, source: str, request: _Request, stored:
     try:
         model = auto_class.from_pretrained(folder, **options)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
+        for name, reason in getattr(options.get("quantization_config"), "refused", {}).items():
+            raise ModelError(f"{name} of {folder.name} cannot be packed. {reason.message}", reason.hint) from error
         raise ModelError(
             f"{folder.name} could not be loaded: {_first_line(error)}",
             "Check that the folder is complete and that this version of transformers knows the model.",

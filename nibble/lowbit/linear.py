@@ -28,6 +28,8 @@ class LowBitLinear(nn.Linear):
     A subclass with a uint8 `weight`, so that PEFT takes it for a quantized linear layer and attaches LoRA to it.
     """
 
+    weight_scale: torch.Tensor
+
     def __init__(
         self,
         shape: tuple[int, int],
@@ -207,7 +209,7 @@ def prepare(model: nn.Module) -> None:
     # The largest first: both its forms are in memory for a moment, and at first there is least beside them.
     for layer in sorted(layers, key=lambda layer: layer.weight.numel(), reverse=True):
         layer.prepare(dtype)
-    give_back_memory()
+        give_back_memory()
 
 
 def give_back_memory() -> None:

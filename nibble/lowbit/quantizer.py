@@ -31,6 +31,13 @@ LAYOUT = 1
 """Version of the stored form; raised when the bytes of a packed weight come to mean something else."""
 
 
+class Refused(dict[str, ModelError]):
+    """Shared by all copies of a configuration: transformers copies the one it is given before it uses it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Refused:
+        return self
+
+
 @register_quantization_config(METHOD)
 class LowBitConfig(QuantizationConfigMixin):
     """What stands under `quantization_config` in config.json."""
@@ -53,7 +60,7 @@ class LowBitConfig(QuantizationConfigMixin):
             FormatError: no such format.
             ModelError: the folder was written by a later version.
         """
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]
         self.low_bit = resolve(low_bit).name
         self.modules_to_not_convert = list(modules_to_not_convert or [])
         if layout > LAYOUT:
@@ -61,6 +68,12 @@ class LowBitConfig(QuantizationConfigMixin):
                 "This model was packed by a later version of Nibble.", "Update Nibble, or quantize it again."
             )
         self.layout = layout
+        self.refused = Refused()
+        """Weights that could not be packed, and why; transformers itself reports them in a table and a RuntimeError."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is written to config.json."""
+        return {name: value for name, value in vars(self).items() if name != "refused"}
 
 
 @register_quantizer(METHOD)
@@ -89,13 +102,13 @@ class LowBitQuantizer(HfQuantizer):
         fmt = resolve(self.quantization_config.low_bit)
         names = self._names_to_convert(model)
         for name in names:
-            layer = model.get_submodule(name)
+            layer: Any = model.get_submodule(name)
             packed = LowBitLinear(
                 (layer.out_features, layer.in_features), fmt,
                 bias=layer.bias is not None, dtype=layer.weight.dtype, device="meta",
             )  # fmt: skip
             # Otherwise transformers would try to draw random numbers for a weight that is missing.
-            packed._is_hf_initialized = True
+            packed._is_hf_initialized = True  # type: ignore[assignment]
             model.set_submodule(name, packed)
         self._untie(model, {f"{name}.weight" for name in names})
         if not self.pre_quantized:
@@ -127,7 +140,7 @@ class LowBitQuantizer(HfQuantizer):
                 config.tie_word_embeddings = False
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Pack(self.quantization_config.low_bit)
+        return _Pack(self.quantization_config)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Read each weight that a packed one was tied to twice: as it is, and packed."""
@@ -136,16 +149,17 @@ class LowBitQuantizer(HfQuantizer):
             WeightConverter(
                 [source],
                 [source, *(target for target in sorted(self.tied) if self.tied[target] == source)],
-                operations=[_PackTied(self.quantization_config.low_bit)],
+                operations=[_PackTied(self.quantization_config)],
             )
             for source in sources
         ]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         vars(model).pop("_get_dtype_plan", None)
-        model._weight_conversions = [
+        # Saving reverses the conversions that loading made.
+        vars(model)["_weight_conversions"] = [
             conversion
-            for conversion in getattr(model, "_weight_conversions", None) or []
+            for conversion in getattr(model, "_weight_conversions", None) or ()
             if not any(isinstance(operation, _PackTied) for operation in getattr(conversion, "operations", ()))
         ]
         missing = [
@@ -183,34 +197,39 @@ class LowBitQuantizer(HfQuantizer):
 class _Pack(ConversionOps):
     """A dense tensor of the file -> packed codes and their scales."""
 
-    def __init__(self, low_bit: str) -> None:
-        self.low_bit = low_bit
+    def __init__(self, config: LowBitConfig) -> None:
+        self.config = config
 
-    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        packed = {}
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        tensors: dict[str, torch.Tensor] = {}
         for name, value in input_dict.items():
-            weight = value[0] if isinstance(value, list) else value
-            result = quantize(weight, self.low_bit)
-            packed |= {name: result.codes, f"{name}_scale": result.scales}
-        return packed
+            tensors |= self.pack(name, value[0] if isinstance(value, list) else value)
+        return tensors
+
+    def pack(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Codes and scales of one weight, under their names."""
+        try:
+            result = quantize(weight, self.config.low_bit)
+        except ModelError as error:
+            self.config.refused[name] = error
+            raise
+        return {name: result.codes, f"{name}_scale": result.scales}
 
 
-class _PackTied(ConversionOps):
+class _PackTied(_Pack):
     """One dense tensor of the file -> itself under the first target's name, and packed under the others'."""
 
-    def __init__(self, low_bit: str) -> None:
-        self.low_bit = low_bit
-
-    def convert(
+    def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], *args: Any, target_patterns: list[str], model: PreTrainedModel, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
         value = next(iter(input_dict.values()))
         weight = value[0] if isinstance(value, list) else value
         first, *others = target_patterns
-        result = quantize(weight, self.low_bit)
         tensors = {first: weight.to(model.get_parameter(first).dtype)}
         for name in others:
-            tensors |= {name: result.codes, f"{name}_scale": result.scales}
+            tensors |= self.pack(name, weight)
         return tensors
 
 
@@ -223,7 +242,7 @@ def _keep_stored_precision(model: PreTrainedModel, names: set[str]) -> None:
     """Hand weights to the quantizer as the file has them, not rounded to the dtype of the activations first."""
     plan = model._get_dtype_plan
     pattern = f"^(?:{'|'.join(re.escape(name) for name in sorted(names))})$"
-    model._get_dtype_plan = lambda dtype: {**plan(dtype), pattern: None}
+    vars(model)["_get_dtype_plan"] = lambda dtype: {**plan(dtype), pattern: None}
 
 
 def _let_go_of_files(model: nn.Module) -> None:
