@@ -56,4 +56,5 @@ def load_engine(settings: Settings) -> Engine:
     folder = find(settings.model, settings.home_folder, paths=True)
     from nibble.engines.local import LocalEngine
 
-    return LocalEngine.load(folder, low_bit=settings.low_bit, device=settings.device)
+    trusted = folder.name in settings.trust_remote_code
+    return LocalEngine.load(folder, low_bit=settings.low_bit, device=settings.device, trust_remote_code=trusted)
