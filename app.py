@@ -229,7 +229,7 @@ def check_model(settings: Settings) -> None:
     """
     resolve(settings.low_bit)
     folder = find(settings.model, settings.home_folder, paths=True)
-    check(folder, trust_remote_code=settings.model in settings.trust_remote_code)
+    check(folder, trust_remote_code=folder.name in settings.trust_remote_code)
 
 
 def run(settings: Settings) -> None:

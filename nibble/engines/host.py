@@ -150,7 +150,7 @@ class ModelHost:
 
     def _find(self, name: str, low_bit: str, device: str, paths: bool) -> Wanted:
         folder = library.find(name, self._settings.home_folder, paths=paths)
-        trusted = name in self._settings.trust_remote_code
+        trusted = folder.name in self._settings.trust_remote_code
         format_ = resolve(low_bit or self._settings.low_bit)
         library.check(folder, trust_remote_code=trusted)
         card = library.inspect(folder, name if library.NAME.fullmatch(name) else folder.name)
