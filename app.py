@@ -184,11 +184,16 @@ def _login(auth: str) -> Callable[[str, str], bool]:
 class _Server(uvicorn.Server):
     """Says where the page is once it can be opened, and ends without a word about the streams that it cuts."""
 
+    public = ""
+    """Where a proxy serves the page, where that was set."""
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started and sockets:
             host, port = sockets[0].getsockname()[:2]
-            print(f"Nibble is ready at http://{f'[{host}]' if ':' in host else host}:{port}/", flush=True)  # noqa: T201
+            place = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+            public = f", in public {self.public}/" if self.public else ""
+            print(f"Nibble is ready at {place}{public}", flush=True)  # noqa: T201
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Every open page holds a stream; cutting it is no error."""
@@ -246,7 +251,9 @@ def run(settings: Settings) -> None:
         build_server(settings), log_config=None, log_level="warning", access_log=False, ws="none",
         timeout_graceful_shutdown=SHUTDOWN_S, server_header=False,
     )  # fmt: skip
-    _Server(config).run(sockets=[door])
+    server = _Server(config)
+    server.public = hosting.parse_root_path(settings.root_path, settings.port).root_path
+    server.run(sockets=[door])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,19 @@
 () => {
   // Runs once, when the page has been built. Knows nothing of models: it mends what only a browser can see.
   const PHONE = 768;
+  const chinese = navigator.language.toLowerCase().startsWith("zh");
+  document.documentElement.lang = chinese ? "zh-CN" : "en";
+
+  // The one button has a picture only: it gets a name, whichever of the two it is.
+  const names = chinese ? { submit: "发送", stop: "停止" } : { submit: "Send", stop: "Stop" };
+  const name = () => {
+    for (const [kind, words] of Object.entries(names)) {
+      const button = document.querySelector(`#message .${kind}-button`);
+      if (button && button.title !== words) Object.assign(button, { title: words, ariaLabel: words });
+    }
+  };
+  new MutationObserver(name).observe(document.body, { childList: true, subtree: true });
+  name();
 
   // An answer is copied without the line that stands small under it.
   if (navigator.clipboard && !navigator.clipboard.nibble) {
