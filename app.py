@@ -244,7 +244,7 @@ def run(settings: Settings) -> None:
         NibbleError: settings that must not be served, a model that cannot be loaded, an address that is not free.
     """
     hosting.check_binding(settings)
-    hosting.parse_root_path(settings.root_path, settings.port)
+    public = hosting.parse_root_path(settings.root_path, settings.port).root_path
     check_model(settings)
     door = listen(settings)
     config = uvicorn.Config(
@@ -252,7 +252,7 @@ def run(settings: Settings) -> None:
         timeout_graceful_shutdown=SHUTDOWN_S, server_header=False,
     )  # fmt: skip
     server = _Server(config)
-    server.public = hosting.parse_root_path(settings.root_path, settings.port).root_path
+    server.public = public
     server.run(sockets=[door])
 
 

@@ -10,7 +10,7 @@ from chat.desk import Desk, Host
 from chat.endpoints import build_endpoints
 from chat.operating import ModelWiring, Operator
 from chat.widgets import build_widgets
-from chat.wiring import PRIVATE, Changes, Wiring
+from chat.wiring import PRIVATE, RECALL, Changes, Wiring
 from chat.words import WORDS
 from nibble.config import Settings
 from nibble.errors import NibbleError
@@ -43,11 +43,11 @@ def build(i18n: gr.I18n, page: gr.Blocks, host: Host, settings: Settings, status
         drawer.wire()
         outputs += drawer.shown
 
-    async def enter(request: gr.Request) -> Changes:
+    async def enter(request: gr.Request, remembered: str) -> Changes:
         """The page was opened."""
-        return await wiring.enter(request) | (drawer.enter() if drawer else {})
+        return await wiring.enter(request, remembered) | (drawer.enter() if drawer else {})
 
-    page.load(enter, None, outputs, **PRIVATE)
+    page.load(enter, widgets.remembered, outputs, js=RECALL, **PRIVATE)
     page.unload(wiring.leave)
 
 

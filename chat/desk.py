@@ -121,10 +121,12 @@ class Desk:
 
     # Which conversation is open.
 
-    async def enter(self, visitor: Visitor) -> Conversation:
-        """Sit down with the latest conversation, or a new one."""
-        chats = await self.entries(visitor)
-        return await self.open(visitor, chats[0].id) if chats else self.begin(visitor)
+    async def enter(self, visitor: Visitor, remembered: str = "") -> Conversation:
+        """Sit down with the conversation remembered, else the latest, else a new one."""
+        chats = [entry.id for entry in await self.entries(visitor)]
+        if not chats:
+            return self.begin(visitor)
+        return await self.open(visitor, remembered if remembered in chats else chats[0])
 
     def begin(self, visitor: Visitor) -> Conversation:
         """Open a new conversation; it is kept from its first message on."""

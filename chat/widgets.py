@@ -50,6 +50,8 @@ class Widgets:
     markdown: gr.Button
     json: gr.Button
     file: gr.JSON
+    remembered: gr.Textbox
+    """The chat that this tab had open before it was reloaded; never shown."""
     system: gr.Textbox
     sampling: Sequence[gr.Textbox]
     """One for each field of `Sampling`, in its order; empty is the model's own."""
@@ -91,6 +93,7 @@ def build_widgets(i18n: gr.I18n, *, operator: bool) -> Widgets:
             delete_really = gr.Button(i18n("delete_really"), size="sm", variant="stop", elem_id="delete-really")
             keep = gr.Button(i18n("keep"), size="sm", elem_classes="plain", elem_id="keep")
     file = gr.JSON(visible=False, elem_id="file")
+    remembered = gr.Textbox(visible=False)
     conversation = gr.Chatbot(
         elem_id="chatbot", show_label=False, container=False, layout="panel", editable="user", buttons=["copy"],
         latex_delimiters=LATEX, sanitize_html=True, allow_tags=False, label=i18n("chat"), height="100%",
@@ -100,8 +103,8 @@ def build_widgets(i18n: gr.I18n, *, operator: bool) -> Widgets:
         submit_btn=True, stop_btn=False, autofocus=True, max_length=MOST_CHARACTERS, elem_id="message",
     )  # fmt: skip
     return Widgets(
-        conversation, message, new_chat, chats, delete, really, delete_really, keep, markdown, json, file, system,
-        sampling, model,
+        conversation, message, new_chat, chats, delete, really, delete_really, keep, markdown, json, file, remembered,
+        system, sampling, model,
     )  # fmt: skip
 
 

@@ -39,6 +39,10 @@ SAVE_FILE = """(file) => {
   URL.revokeObjectURL(link.href);
 }"""
 
+REMEMBER = """(chat) => { sessionStorage.setItem("nibble-chat", chat ?? ""); }"""
+RECALL = """() => sessionStorage.getItem("nibble-chat") ?? "" """
+"""Each tab knows which chat it had open when it is reloaded."""
+
 Changes = dict[Any, Any]
 """Widget -> what becomes of it."""
 
@@ -80,6 +84,7 @@ class Wiring:
         w.delete_really.click(self.delete, None, [*self.outputs, w.really], **PRIVATE)
         for button, export in ((w.markdown, self.markdown), (w.json, self.json)):
             button.click(export, None, w.file, **PRIVATE).then(None, w.file, None, js=SAVE_FILE, **PRIVATE)
+        w.chats.change(None, w.chats, None, js=REMEMBER, **PRIVATE)
         gr.Timer(STATUS_S).tick(self.tick, None, self.status, queue=False, **PRIVATE)
 
     # What the page shows.
@@ -122,10 +127,10 @@ class Wiring:
 
     # What a visitor does.
 
-    async def enter(self, request: gr.Request) -> Changes:
-        """The page was opened."""
+    async def enter(self, request: gr.Request, remembered: str) -> Changes:
+        """The page was opened, or opened again by a tab that remembers its chat."""
         visitor = visitor_from(request)
-        return await self.scene(visitor, await self.desk.enter(visitor))
+        return await self.scene(visitor, await self.desk.enter(visitor, str(remembered or "")))
 
     async def send(self, request: gr.Request, text: str, system: str, *numbers: str) -> AsyncIterator[Changes]:
         """A message was sent."""

@@ -29,9 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.browser)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """The system's Chromium, else the one that playwright brought."""
+    """The system's Chromium, else the one that playwright brought.
+
+    Not for the whole run: while it is there an event loop runs in this thread, and other tests start their own.
+    """
     system = next((path for name in NAMES if (path := shutil.which(name))), None)
     with sync_playwright() as playwright:
         path = system or playwright.chromium.executable_path

@@ -97,6 +97,9 @@ def test_reload_and_restart_bring_conversations_back(
         expect(page.locator("#chats label")).to_have_count(2)
         page.locator("#chats label", has_text="blue door").click()
         expect(answers(page).last).to_contain_text("You said: remember the blue door")
+        page.wait_for_timeout(300)
+        page.reload()
+        expect(answers(page).last).to_contain_text("You said: remember the blue door")
 
         page.locator("#delete").click()
         page.locator("#delete-really").click()
