@@ -22,7 +22,7 @@ SCRIPT = Visitor("script", None, "en")
 
 @pytest.fixture
 def desk(tmp_path: Path) -> Desk:
-    return Desk(ScriptedHost(pause=0), Settings(home=str(tmp_path)))
+    return Desk(ScriptedHost(pause=0.002), Settings(home=str(tmp_path)))
 
 
 def run(work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
