@@ -1,7 +1,8 @@
 """Pictures of the page, to be looked at: python -m tests.browser.shots FOLDER [URL].
 
 Phone and desk, light and dark, English and Chinese: the empty chat, an answer in the making, a long conversation, the
-sidebar. Without URL the page is served with the scripted host of the tests.
+sidebar. Without URL the page is served with the scripted host of the tests. Where FOLDER ends in .png, one picture for
+the README: a real question put to the page at URL.
 """
 
 from __future__ import annotations
@@ -24,10 +25,14 @@ SCHEMES = ("light", "dark")
 LOCALES = ("en-US", "zh-CN")
 QUESTIONS = ("How large is the error of one block?", "show", "think", "那么 nf4 呢？")
 
+FOR_README = ("What is nf4?", "内存不够怎么办？")
+
 
 def main() -> None:
     """Make all pictures."""
     folder = Path(sys.argv[1])
+    if folder.suffix == ".png":
+        return readme(folder, sys.argv[2])
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         home = stack.enter_context(tempfile.TemporaryDirectory())
@@ -39,6 +44,23 @@ def main() -> None:
             context = visitor(browser, size, scheme, locale)
             shoot(context.new_page(), url, folder / f"{size}-{scheme}-{locale[:2]}")
             context.close()
+
+
+def readme(picture: Path, url: str) -> None:
+    """A visitor at a desk asks the page two questions; the picture shows the answers."""
+    with sync_playwright() as playwright:
+        system = next((path for name in NAMES if (path := shutil.which(name))), None)
+        browser = playwright.chromium.launch(executable_path=system, args=FLAGS)
+        page = visitor(browser, "desk", "light", "en-US").new_page()
+        page.goto(url)
+        page.wait_for_selector(".top details.ready", timeout=120_000)
+        for question in FOR_README:
+            ask(page, question)
+            settled(page)
+        page.mouse.move(0, 0)
+        page.wait_for_timeout(800)
+        page.screenshot(path=picture)
+        browser.close()
 
 
 def visitor(browser: Browser, size: str, scheme: str, locale: str) -> BrowserContext:
