@@ -12,9 +12,10 @@ from torch.nn.functional import linear
 
 from nibble.errors import ModelError
 from nibble.lowbit import FORMATS, LowBitLinear, kernel_name, kernels, prepare, quantize
+from nibble.lowbit.recipes import RECIPES
 
 PACKED = [name for name, row in FORMATS.items() if row.quantized]
-WITH_KERNEL = list(kernels.RECIPES)
+WITH_KERNEL = list(RECIPES)
 
 
 def layer_of(name: str, rows: int, width: int, *, bias: bool = True, seed: int = 0) -> LowBitLinear:

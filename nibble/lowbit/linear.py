@@ -20,6 +20,7 @@ from nibble.errors import ModelError
 from nibble.lowbit import kernels
 from nibble.lowbit.blocks import QuantizedTensor, decode, quantize, row_chunks
 from nibble.lowbit.formats import Format
+from nibble.lowbit.recipes import Int4Weight
 
 
 class LowBitLinear(nn.Linear):
@@ -59,7 +60,7 @@ class LowBitLinear(nn.Linear):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(shape[0], dtype=dtype, device=device)) if bias else None
         )
-        self._fast: kernels.Int4Weight | None = None
+        self._fast: Int4Weight | None = None
         self._asked: torch.dtype | None = None
         self._trained = False
 
