@@ -63,8 +63,8 @@ WORDS = Words(
         "place": ("{value} before you in the queue.", "前面还有 {value} 个请求。"),
         "reading": ("Reading…", "正在阅读……"),
         "cut": (
-            "The conversation no longer fits into the model's context: its {value} oldest turns were left out.",
-            "对话超出模型的上下文：最早的 {value} 轮未参与回答。",
+            "The conversation no longer fits into the model's context. Oldest turns left out: {value}.",
+            "对话超出模型的上下文，最早的 {value} 轮未参与回答。",
         ),
         "switched": ("From here on {model} ({format}) answers.", "从这里起由 {model}（{format}）回答。"),
         "failed": ("{error}", "出错了：{error}"),

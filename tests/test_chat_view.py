@@ -85,7 +85,7 @@ def test_the_line_under_an_answer() -> None:
 def test_notices_tell_of_a_cut_context_and_of_another_model() -> None:
     other = replace(ANSWER, model="Qwen2-1.5B", format="nf4", dropped_turns=3)
     said = notices(other, ANSWER, "en")
-    assert "Qwen2-1.5B (nf4)" in said[0] and "3 oldest turns" in said[1]
+    assert "Qwen2-1.5B (nf4)" in said[0] and "left out: 3" in said[1]
     assert notices(ANSWER, ANSWER, "en") == []
     assert notices(ANSWER, None, "en") == []
     assert notices(Turn("assistant", "", error="x"), ANSWER, "en") == []

@@ -32,7 +32,8 @@ def main() -> None:
     """Make all pictures."""
     folder = Path(sys.argv[1])
     if folder.suffix == ".png":
-        return readme(folder, sys.argv[2])
+        readme(folder, sys.argv[2])
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         home = stack.enter_context(tempfile.TemporaryDirectory())
