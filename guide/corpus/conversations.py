@@ -8,7 +8,7 @@ import random
 import re
 from dataclasses import dataclass, field
 
-from guide.corpus.load import LANGUAGES, Corpus, Pattern, Topic, is_held_out
+from guide.corpus.load import LANGUAGES, Corpus, Pattern, Topic, is_held_out, normalise
 from guide.corpus.vary import HAN, Strength, Vary, language_of, pseudo_word
 
 _SLOT = re.compile(r"\{([a-z_]+?)[23]?\}")
@@ -40,12 +40,19 @@ class _State:
 class Generator:
     """An endless source of training conversations."""
 
-    def __init__(self, corpus: Corpus, seed: int, hold_out: bool = True, patterned: float = 0.4) -> None:
-        """`hold_out`: leave the development set's questions out. `patterned`: share of topic questions from patterns."""
+    def __init__(
+        self, corpus: Corpus, seed: int, hold_out: bool = True, patterned: float = 0.3, withheld: frozenset[str] = frozenset()
+    ) -> None:
+        """Prepare an endless source.
+
+        `hold_out`: leave the development set's questions out. `patterned`: share of topic questions made from patterns.
+        `withheld`: questions, as `normalise` returns them, that no conversation may hold.
+        """
         self._corpus = corpus
         self._rng = random.Random(seed)
         self._vary = Vary(corpus.lexicon, corpus.wording)
         self._patterned = patterned
+        self._withheld = withheld
         self._strength = Strength()
         self._topics = {kind: corpus.of_kind(kind) for kind in _WEIGHTS}
         self._beyond_weights = [len(t.ask["en"]) ** 0.5 for t in self._topics["beyond"]]
@@ -74,9 +81,11 @@ class Generator:
             if rng.random() < 0.1:
                 language = rng.choice(LANGUAGES)
             question, answer = self._turn(state, language, first=turn == 0)
+            if normalise(question) in self._withheld:
+                continue
             out.add(question, answer)
             state.answer = answer
-        return out
+        return out if out.messages[-1:] and out.messages[-1]["role"] == "assistant" else self.conversation()
 
     def _turn(self, state: _State, language: str, first: bool) -> tuple[str, str]:
         draw = self._rng.random()
