@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import fields
 
-from chat.desk import MOST_CHARACTERS, Form, Visitor
+from chat.talk import MOST_CHARACTERS, Form, Visitor
 from nibble.engines.base import Sampling
 from nibble.errors import NibbleError
 

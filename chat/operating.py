@@ -13,7 +13,8 @@ from typing import Any
 
 import gradio as gr
 
-from chat.desk import Host, Visitor
+from chat.desk import Host
+from chat.talk import Visitor
 from chat.widgets import ModelWidgets
 from chat.wiring import PRIVATE, Changes, Wiring, visitor_from
 from nibble.config import Settings

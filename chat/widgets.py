@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 
 import gradio as gr
 
+from chat.talk import MOST_CHARACTERS
 from chat.words import WORDS
 from nibble.engines.base import Sampling
 from nibble.lowbit.formats import FORMATS
@@ -19,8 +20,6 @@ LATEX: list[dict[str, str | bool]] = [
     for left, right, display in (("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("$", "$", False))
 ]
 DEVICES = ("auto", "cpu", "xpu", "cuda")
-MOST_CHARACTERS = 200_000
-"""Of one message; the server checks it too."""
 
 
 @dataclass(frozen=True)

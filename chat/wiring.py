@@ -15,8 +15,9 @@ from typing import Any
 
 import gradio as gr
 
-from chat.desk import Desk, Progress, Visitor
+from chat.desk import Desk
 from chat.form import form_from
+from chat.talk import Progress, Visitor
 from chat.view import Standing, greeting, rows, status_line
 from chat.widgets import Widgets
 from chat.words import EXAMPLES

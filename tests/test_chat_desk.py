@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from chat.desk import Desk, Form, Progress, Visitor, messages, within
+from chat.desk import Desk
 from chat.form import form_from
+from chat.talk import Form, Progress, Visitor, messages, within
 from nibble.chats import ChatGone, Conversation, Turn
 from nibble.config import Settings
 from nibble.engines.base import Sampling

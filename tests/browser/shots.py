@@ -25,7 +25,7 @@ SCHEMES = ("light", "dark")
 LOCALES = ("en-US", "zh-CN")
 QUESTIONS = ("How large is the error of one block?", "show", "think", "那么 nf4 呢？")
 
-FOR_README = ("What is nf4?", "内存不够怎么办？")
+FOR_README = ("How do I load a model of my own?", "What is nf4?", "内存不够怎么办？")
 
 
 def main() -> None:
