@@ -231,6 +231,6 @@ def dsw_advice(settings: Settings, notebook: str) -> str:
     if address.origin:
         return f"open {address.root_path}/"
     return (
-        "copy the notebook's address from the browser and start with --root-path ADDRESS "
+        "copy the notebook's address from the browser and start with --root-path 'ADDRESS' "
         f"(or root_path in config.yaml); the page then opens at https://<the same host>{where}"
     )
