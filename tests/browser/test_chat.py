@@ -110,11 +110,11 @@ def test_reload_and_restart_bring_conversations_back(
 def test_two_visitors_never_mix(site: str, browser: Browser, open_page: Open) -> None:
     mine, yours = (browser.new_context(locale="en-US") for _ in range(2))
     here, there = open_page(mine, site), open_page(yours, site)
-    ask(here, "my secret is 111")
-    ask(there, "my secret is 222")
+    ask(here, "my secret is heron")
+    ask(there, "my secret is otter")
     settled(here)
     settled(there)
-    for page, own, other in ((here, "111", "222"), (there, "222", "111")):
+    for page, own, other in ((here, "heron", "otter"), (there, "otter", "heron")):
         page.reload()
         expect(answers(page).last).to_contain_text(own)
         assert other not in page.content()
