@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from nibble import __version__, library, publish
 from nibble.errors import FormatError, ModelError
-from nibble.lowbit import attention
+from nibble.lowbit import attention, lean
 from nibble.lowbit.formats import DEFAULT, Format, resolve
 from nibble.lowbit.linear import LowBitLinear
 from nibble.lowbit.quantizer import METHOD, LowBitConfig
@@ -314,6 +314,7 @@ def _load(auto_class: Any, folder: Path, source: str, request: _Request, stored:
         ) from error
     if "attn_implementation" not in options and model.device.type == "cpu":
         attention.use(model)
+        lean.offer(model)
     model._nibble_source = publish.read_manifest(folder).get("source") or (
         folder.name if folder == Path(source).expanduser() else source
     )

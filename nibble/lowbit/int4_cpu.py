@@ -51,7 +51,7 @@ class CpuInt4Weight(Int4Weight):
         return FEW_ROWS[self.recipe.planes]
 
     def few(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.codes, self.format.block, self.terms)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.codes, self.format.block, self.terms.contiguous())
 
     def many(self, rows: torch.Tensor) -> torch.Tensor:
         out = rows.new_empty(len(rows), self.out_features)

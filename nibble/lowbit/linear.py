@@ -89,6 +89,11 @@ class LowBitLinear(nn.Linear):
         """What serves one-token steps."""
         return "portable" if self._fast is None else "int4 kernel of torch"
 
+    @property
+    def prepared(self) -> bool:
+        """Whether the layer has chosen what serves one-token steps, and not gone back from it since."""
+        return self._asked is not None
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The dense weight [out, in]."""
         return self.quantized.dequantize(dtype)
@@ -100,8 +105,12 @@ class LowBitLinear(nn.Linear):
         self._restore()
         self._asked = dtype
         if kernels.accepts(self.quantized, dtype):
-            self._fast = kernels.convert(self.quantized)
-            self.weight = nn.Parameter(self._fast.codes, requires_grad=False)
+            self.hold(kernels.convert(self.quantized))
+
+    def hold(self, fast: Int4Weight) -> None:
+        """Take a kernel's form of this layer's weight in the place of the present one."""
+        self._fast = fast
+        self.weight = nn.Parameter(fast.codes, requires_grad=False)
 
     def _restore(self) -> None:
         """Go back to the stored form."""
@@ -211,6 +220,9 @@ def prepare(model: nn.Module) -> None:
     for layer in sorted(layers, key=lambda layer: layer.weight.numel(), reverse=True):
         layer.prepare(dtype)
         give_back_memory()
+    for module in model.modules():
+        # What was built on the layers' former forms (`nibble.lowbit.lean`) is built anew.
+        vars(module).pop("_nibble_lean", None)
 
 
 def give_back_memory() -> None:
