@@ -55,11 +55,23 @@ class Watch:
 
 
 @pytest.fixture
-def context(browser: Browser) -> Iterator[BrowserContext]:
+def visitor(browser: Browser) -> Iterator[Callable[..., BrowserContext]]:
+    """Makes visitors, each with a browser of their own; all of them leave when the test ends, however it ends."""
+    made: list[BrowserContext] = []
+
+    def make(locale: str = "en-US", **options: Any) -> BrowserContext:
+        made.append(browser.new_context(locale=locale, **options))
+        return made[-1]
+
+    yield make
+    for context in made:
+        context.close()
+
+
+@pytest.fixture
+def context(visitor: Callable[..., BrowserContext]) -> BrowserContext:
     """A visitor with an English browser."""
-    made = browser.new_context(locale="en-US")
-    yield made
-    made.close()
+    return visitor()
 
 
 @pytest.fixture

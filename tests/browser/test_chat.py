@@ -3,9 +3,10 @@
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, expect
+from playwright.sync_api import BrowserContext, Page, expect
 
 from tests.browser.conftest import Watch, answers, ask, settled
 from tests.scripted import ScriptedHost
@@ -13,6 +14,7 @@ from tests.serving import free_port
 from tests.serving import page as serve
 
 Open = Callable[[BrowserContext, str], Page]
+Visitor = Callable[..., BrowserContext]
 
 
 def test_a_question_is_typed_and_its_answer_grows(
@@ -76,9 +78,7 @@ def test_regenerate_edit_and_undo(site: str, context: BrowserContext, open_page:
     expect(page.get_by_test_id("user")).to_have_count(0)
 
 
-def test_reload_and_restart_bring_conversations_back(
-    browser: Browser, open_page: Open, tmp_path: object, context: BrowserContext
-) -> None:
+def test_reload_and_restart_bring_conversations_back(open_page: Open, tmp_path: Path, context: BrowserContext) -> None:
     port = free_port()
     with serve(tmp_path, ScriptedHost(), port=port) as url:
         page = open_page(context, url)
@@ -107,9 +107,8 @@ def test_reload_and_restart_bring_conversations_back(
         expect(answers(page).last).to_contain_text("and the red one")
 
 
-def test_two_visitors_never_mix(site: str, browser: Browser, open_page: Open) -> None:
-    mine, yours = (browser.new_context(locale="en-US") for _ in range(2))
-    here, there = open_page(mine, site), open_page(yours, site)
+def test_two_visitors_never_mix(site: str, visitor: Visitor, open_page: Open) -> None:
+    here, there = open_page(visitor(), site), open_page(visitor(), site)
     ask(here, "my secret is heron")
     ask(there, "my secret is otter")
     settled(here)
@@ -119,8 +118,6 @@ def test_two_visitors_never_mix(site: str, browser: Browser, open_page: Open) ->
         expect(answers(page).last).to_contain_text(own)
         assert other not in page.content()
         expect(page.locator("#chats label")).to_have_count(1)
-    mine.close()
-    yours.close()
 
 
 def test_an_answer_goes_on_while_another_chat_is_open(site: str, context: BrowserContext, open_page: Open) -> None:
@@ -182,9 +179,8 @@ def test_a_failure_is_a_notice_in_the_chat_and_the_next_question_is_answered(
     expect(answers(page).last).to_contain_text("You said: hello")
 
 
-def test_a_chinese_browser_gets_chinese(site: str, browser: Browser, open_page: Open) -> None:
-    context = browser.new_context(locale="zh-CN")
-    page = open_page(context, site)
+def test_a_chinese_browser_gets_chinese(site: str, visitor: Visitor, open_page: Open) -> None:
+    page = open_page(visitor("zh-CN"), site)
     expect(page.locator("#new-chat")).to_have_text("新对话")
     expect(page.locator("#message textarea")).to_have_attribute("placeholder", "输入消息")
     expect(page.get_by_role("tab", name="微调")).to_be_visible()
@@ -193,7 +189,6 @@ def test_a_chinese_browser_gets_chinese(site: str, browser: Browser, open_page: 
     settled(page)
     expect(answers(page).last).to_contain_text("内存不够怎么办")
     expect(answers(page).last.locator("small.stats")).to_contain_text("词元/秒")
-    context.close()
 
 
 def test_the_conversation_can_be_taken_along(site: str, context: BrowserContext, open_page: Open) -> None:
@@ -209,15 +204,13 @@ def test_the_conversation_can_be_taken_along(site: str, context: BrowserContext,
     assert [turn["role"] for turn in json.loads(data.value.path().read_text())["turns"]] == ["user", "assistant"]
 
 
-def test_a_copied_answer_is_the_answer_alone(site: str, browser: Browser, open_page: Open) -> None:
-    context = browser.new_context(locale="en-US", permissions=["clipboard-read", "clipboard-write"])
-    page = open_page(context, site)
+def test_a_copied_answer_is_the_answer_alone(site: str, visitor: Visitor, open_page: Open) -> None:
+    page = open_page(visitor(permissions=["clipboard-read", "clipboard-write"]), site)
     ask(page, "hello")
     settled(page)
     page.get_by_label("Copy message").last.click()
     page.wait_for_timeout(200)
     assert page.evaluate("navigator.clipboard.readText()") == "You said: hello . That is what I heard"
-    context.close()
 
 
 def test_sampling_system_prompt_and_model_are_set_in_the_sidebar(
