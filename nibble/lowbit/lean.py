@@ -66,12 +66,14 @@ class RoomyLayer(DynamicLayer):
         if (
             room is None
             or total > room.shape[-2]
-            or (length and (held.data_ptr() != room.data_ptr() or held.shape[0] != room.shape[0]))
+            or room.shape[:2] != new.shape[:2]
+            or (length and held.data_ptr() != room.data_ptr())
             or room.is_inference() != torch.is_inference_mode_enabled()
         ):
             batch, heads, _, size = new.shape
             room = new.new_empty(batch, heads, total + max(SPARE_TOKENS, total // 4), size)
-            room[:, :, :length] = held
+            if length:
+                room[:, :, :length] = held
             vars(self)[name] = room
         room[:, :, length:total] = new
         return room[:, :, :total]
@@ -243,28 +245,30 @@ def _lean_of(layer: Any) -> _Lean | None:
 
 
 def _agrees(layer: Any, lean: _Lean) -> bool:
-    """Whether both ways give the same for a random token after a few others; a no is logged."""
+    """Whether both ways give and remember the same for a random token after a few others; a no is logged."""
     random = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=random).bfloat16()
 
-    hidden, held = draw(1, 1, layer.self_attn.o_proj.out_features), draw(2, 1, lean.kv_heads, 5, lean.size)
-    angles = torch.rand(1, 1, lean.size // 2, generator=random).repeat(1, 1, 2) * 6
+    # Small, so that what the layer adds is not lost beside what it is added to.
+    hidden = 0.01 * draw(1, 1, lean.out.weight.out_features)
+    keys, values = draw(2, 1, lean.kv_heads, 5, lean.size)
+    angles = 6 * torch.rand(1, 1, lean.size // 2, generator=random).repeat(1, 1, 2)
     rotation = (angles.cos().bfloat16(), angles.sin().bfloat16())
-    outputs = []
+    caches = (DynamicCache(), DynamicCache())
     with torch.inference_mode():
-        for way in (lean.step, None):
-            cache = DynamicCache()
-            cache.update(held[0], held[1], lean.index)
-            if way:
-                outputs.append(way(hidden, None, cache, rotation))
-            else:
-                outputs.append(type(layer).forward(
-                    layer, hidden, past_key_values=cache, use_cache=True, position_embeddings=rotation
-                ))  # fmt: skip
-    ours, theirs = (output.float() for output in outputs)
-    error = float((ours - theirs).norm() / theirs.norm())
+        for cache in caches:
+            cache.update(keys, values, lean.index)
+        ours = lean.step(hidden, None, caches[0], rotation)
+        theirs = type(layer).forward(
+            layer, hidden, past_key_values=caches[1], use_cache=True, position_embeddings=rotation
+        )
+    pairs = [(ours, theirs)]
+    for name in ("keys", "values"):
+        one, other = (getattr(cache.layers[lean.index], name)[:, :, -1] for cache in caches)
+        pairs.append((one, other))
+    error = max(float((one.float() - other.float()).norm() / other.float().norm()) for one, other in pairs)
     if error <= TOLERANCE:
         return True
     log.warning("%s is off by %.1f %% the lean way; its own is used.", type(layer).__name__, 100 * error)
