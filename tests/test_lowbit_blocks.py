@@ -117,6 +117,13 @@ def test_other_dtypes_are_the_float32_values_rounded(name: str) -> None:
         assert (rounded.float() - exact).abs().max() <= bound * exact.abs().max()
 
 
+@pytest.mark.parametrize("name", PACKED)
+def test_small_weights_survive_float16(name: str) -> None:
+    packed = quantize(0.02 * torch.randn(9, 128, generator=torch.Generator().manual_seed(1)), name)
+    exact = packed.dequantize()
+    assert (packed.dequantize(torch.float16).float() - exact).norm() <= 2**-10 * exact.norm()
+
+
 def test_a_zero_weight_stays_zero() -> None:
     for name in FORMATS:
         assert not quantize(torch.zeros(3, 100), name).dequantize().any()
