@@ -2,9 +2,9 @@
 
     python bench/device_check.py [cuda|xpu]
 
-For each format: quantizing, forward and backward there against the same on the CPU in float32; a layer that was prepared
-on the CPU moved there and back; the fast kernel's form taken back. Then microseconds of one product for 1, 16 and 512
-rows. Then a small random model: greedy text there and on the CPU. Exit code 1 if anything differs.
+For each format: quantizing, forward and backward there against the same on the CPU in float32; a layer prepared on the
+CPU moved there and back; the fast kernel's form taken back. Then microseconds of one product for 1, 16 and 512 rows.
+Then a small random model: greedy text there and on the CPU. Exit code 1 if anything differs.
 """
 
 from __future__ import annotations
