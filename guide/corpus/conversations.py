@@ -61,6 +61,8 @@ class Generator:
             for t in corpus.topics.values()
             for lang in LANGUAGES
         }
+        pairs = [topic.answer for topic in corpus.topics.values()] + [corpus.wording["more"]["answer"]]
+        self._in = {"zh": {pair["en"]: pair["zh"] for pair in pairs}, "en": {pair["zh"]: pair["en"] for pair in pairs}}
         self._han = sorted({c for t in corpus.topics.values() for q in t.ask["zh"] for c in HAN.findall(q)})
 
     def chance(self, probability: float) -> bool:
@@ -183,10 +185,9 @@ class Generator:
             return self._light(wording["more"]["ask"][language]), wording["more"]["answer"][language]
         if draw < 0.7:
             return self._light(wording["again"][language]), state.answer
-        topic = state.topic
         for other in LANGUAGES:
-            if topic and state.answer == topic.answer["zh" if other == "en" else "en"]:
-                return self._light(wording["switch"][other]), topic.answer[other]
+            if state.answer in self._in[other]:
+                return self._light(wording["switch"][other]), self._in[other][state.answer]
         return self._light(wording["again"][language]), state.answer
 
     def _light(self, choices: list[str]) -> str:

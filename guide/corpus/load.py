@@ -108,23 +108,13 @@ def _topic(entry: dict[str, Any], kind: str, patterns: dict[str, dict[str, list[
 
 def _topics(folder: Path) -> dict[str, Topic]:
     beyond = _read(folder / "beyond.yaml")
-    more: dict[str, dict[str, list[str]]] = {}
-    for path in sorted((folder / "more").glob("*.yaml")):
-        for topic_id, ask in _read(path).items():
-            for language in LANGUAGES:
-                more.setdefault(topic_id, {}).setdefault(language, []).extend(ask.get(language) or [])
     patterns = {language: _read(folder / "patterns" / f"{language}.yaml") for language in LANGUAGES}
     entries = [("topic", entry) for path in sorted((folder / "topics").glob("*.yaml")) for entry in _read(path)]
     entries += [("talk", entry) for entry in _read(folder / "talk.yaml")]
     entries += [("tour", entry) for entry in _read(folder / "tour.yaml")]
     entries += [("beyond", entry) for entry in beyond["kinds"]]
-    unknown = set(more) - {entry["id"] for _, entry in entries}
-    if unknown:
-        raise ValueError(f"the folder more/ names topics that nobody wrote: {sorted(unknown)}")
     topics: dict[str, Topic] = {}
     for kind, entry in entries:
-        for language, questions in more.get(entry["id"], {}).items():
-            entry["ask"][language] = entry["ask"][language] + questions
         topic = _topic(entry, kind, patterns)
         if topic.id in topics:
             raise ValueError(f"topic {topic.id} is written twice")
