@@ -9,6 +9,7 @@ Then a small random model: greedy text there and on the CPU. Exit code 1 if anyt
 
 from __future__ import annotations
 
+import copy
 import sys
 import tempfile
 import time
@@ -38,7 +39,7 @@ def check(name: str, device: str) -> list[str]:
     for rows, width in ((176, 256), (64, 172), (50, 100)):
         dense = nn.Linear(width, rows)
         layer = LowBitLinear.from_linear(dense, name)
-        moved = LowBitLinear.from_linear(dense, name)
+        moved = LowBitLinear.from_linear(copy.deepcopy(dense), name)
         moved.eval().prepare(torch.bfloat16)
         moved.to(device)
         there = quantize(dense.weight.to(device), name)
