@@ -2,9 +2,9 @@
 
     python -m guide.exam [--low-bit sym_int4] [--model DIR] [--json]
 
-Promises: only the last answer of each question is judged: at least one alternative of every `required` group is in it, and
-no `forbidden` word; words are compared casefolded. Exit code 0 when at least 90 % is right, else 1. Knows nothing of how
-the model was trained.
+Promises: only the last answer of each question is judged: at least one alternative of every `required` group is in
+it, and no `forbidden` word; words are compared casefolded. Exit code 0 when at least 90 % is right, else 1. Knows
+nothing of how the model was trained.
 """
 
 import argparse
@@ -80,9 +80,12 @@ class Candidate:
             rows = order[start : start + batch]
             inputs = tokenizer([prompts[i] for i in rows], return_tensors="pt", padding=True, add_special_tokens=False)
             tokens = self._model.generate(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=LONGEST, do_sample=False
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=LONGEST,
+                do_sample=False,
             )
-            texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            texts = tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)
             for i, text in zip(rows, texts, strict=True):
                 answers[i] = text
         return answers
@@ -129,7 +132,9 @@ def main() -> int:
         print(json.dumps(result, ensure_ascii=False))
     else:
         for failure in result["failures"]:
-            print(f"{failure['id']} [{failure['topic']}] {' / '.join(failure['turns'])}\n    -> {failure['answer'][:160]}")
+            print(
+                f"{failure['id']} [{failure['topic']}] {' / '.join(failure['turns'])}\n    -> {failure['answer'][:160]}"
+            )
         print(f"{flags.low_bit}: " + ", ".join(f"{key} {value:.1%}" for key, value in result["accuracy"].items()))
     return 0 if result["accuracy"]["all"] >= BAR else 1
 

@@ -1,4 +1,4 @@
-"""Fake quantization to Q4_0 (`sym_int4`) for training: values as the format keeps them, gradients as if nothing happened.
+"""Fake quantization to Q4_0 (`sym_int4`) for training: the values of the format, gradients as if nothing happened.
 
 Promises: the forward values are those of ggml's `quantize_row_q4_0_ref` followed by dequantization.
 Knows nothing of packing; `nibble.lowbit` does that.

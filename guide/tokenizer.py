@@ -1,7 +1,7 @@
 """The guide's tokenizer: byte-level BPE learned from the corpus, and its chat template.
 
-Promises: any Unicode text round-trips; digits and Chinese characters stand one by one, so that wording never seen shares
-its pieces with wording that was. Knows nothing of the model.
+Promises: any Unicode text round-trips; digits and Chinese characters stand one by one, so that wording never seen
+shares its pieces with wording that was. Knows nothing of the model.
 """
 
 import json
@@ -50,7 +50,10 @@ def train_tokenizer(corpus: Corpus, seed: int = 0) -> Tokenizer:
     """A tokenizer of `VOCABULARY` entries; ids 0 to 2 are PAD, START and END."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(_PIECES), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(_PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

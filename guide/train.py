@@ -2,9 +2,9 @@
 
     python -m guide.train --steps 8000 --out guide/model
 
-Promises: works on CPU, CUDA and XPU; one seed fixes the data. No question of the examination is ever trained on, not even
-by chance. What is reported is the development set: a share of the topics' questions, chosen by hash, that is never
-trained on either unless --all is given.
+Promises: works on CPU, CUDA and XPU; one seed fixes the data. No question of the examination is ever trained on, not
+even by chance. What is reported is the development set: a share of the topics' questions, chosen by hash, that is
+never trained on either unless --all is given.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -155,7 +156,7 @@ def optimiser_of(model: nn.Module, recipe: Recipe, device: torch.device) -> torc
 
 
 @torch.inference_mode()
-def answer_all(model: Qwen2ForCausalLM, tokenizer: Tokenizer, conversations: list[Conversation], batch: int = 1024) -> list[str]:
+def answer_all(model: Any, tokenizer: Tokenizer, conversations: list[Conversation], batch: int = 1024) -> list[str]:
     """The greedy answer to each conversation, which ends with a user's message."""
     encoder = Encoder(tokenizer)
     opening = tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False).ids
@@ -166,7 +167,9 @@ def answer_all(model: Qwen2ForCausalLM, tokenizer: Tokenizer, conversations: lis
         rows = order[start : start + batch]
         width = max(len(prompts[i]) for i in rows)
         ids = torch.tensor([[PAD_ID] * (width - len(prompts[i])) + prompts[i] for i in rows], device=model.device)
-        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows], device=model.device)
+        mask = torch.tensor(
+            [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows], device=model.device
+        )
         out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=160, do_sample=False)
         for i, row in zip(rows, out[:, width:].tolist(), strict=True):
             answers[i] = tokenizer.decode(row, skip_special_tokens=True)
@@ -180,7 +183,9 @@ def development_score(model: Qwen2ForCausalLM, tokenizer: Tokenizer, corpus: Cor
     model.eval()
     answers = answer_all(model, tokenizer, asked)
     model.train()
-    right = [corpus.topics[t].answer[lang].startswith(a) and bool(a) for (t, lang, _), a in zip(held, answers, strict=True)]
+    right = [
+        corpus.topics[t].answer[lang].startswith(a) and bool(a) for (t, lang, _), a in zip(held, answers, strict=True)
+    ]
     scores = {"all": sum(right) / len(right)}
     for language in LANGUAGES:
         marks = [r for r, (_, lang, _) in zip(right, held, strict=True) if lang == language]
@@ -190,16 +195,20 @@ def development_score(model: Qwen2ForCausalLM, tokenizer: Tokenizer, corpus: Cor
 
 def train(recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer) -> Qwen2ForCausalLM:
     """Train one model; prints its progress."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     torch.manual_seed(recipe.seed)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape of batch, and no two are alike
-    model = Qwen2ForCausalLM(model_config(tokenizer.get_vocab_size())).to(device)
+    model: Any = Qwen2ForCausalLM(model_config(tokenizer.get_vocab_size()))
+    model.to(device)
     model.generation_config = generation_config()
     add_dropout(model, recipe.dropout)
     optimiser = optimiser_of(model, recipe, device)
-    loader = DataLoader(Batches(corpus, tokenizer, recipe), batch_size=None, num_workers=recipe.workers, prefetch_factor=8)
+    loader = DataLoader(
+        Batches(corpus, tokenizer, recipe), batch_size=None, num_workers=recipe.workers, prefetch_factor=8
+    )
     model.train()
-    began, seen, total, counted = time.monotonic(), 0, 0.0, 0
+    began, seen, counted = time.monotonic(), 0, 0
+    total: float | Tensor = 0.0
     print(json.dumps({"parameters": sum(p.numel() for p in model.parameters()), "device": str(device)}), flush=True)
     for step, (ids, places) in zip(range(recipe.steps), loader, strict=False):
         for group in optimiser.param_groups:
@@ -227,7 +236,7 @@ def generation_config() -> GenerationConfig:
     return GenerationConfig(do_sample=False, eos_token_id=END_ID, pad_token_id=PAD_ID, max_new_tokens=1024)
 
 
-def export(model: Qwen2ForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
+def export(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
     """Write the bf16 model with its tokenizer into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     model.to("cpu", torch.bfloat16).save_pretrained(folder)

@@ -1,7 +1,7 @@
 """Makes conversations of one to twelve turns out of the corpus.
 
-Promises: a seed fixes the conversations; an assistant's turn is a written answer, verbatim, with the user's name filled in.
-Knows nothing of tokens.
+Promises: a seed fixes the conversations; an assistant's turn is a written answer, verbatim, with the user's name
+filled in. Knows nothing of tokens.
 """
 
 import random
@@ -11,10 +11,14 @@ from dataclasses import dataclass, field
 from guide.corpus.load import LANGUAGES, Corpus, Pattern, Topic, is_held_out, normalise
 from guide.corpus.vary import HAN, Strength, Vary, language_of, pseudo_word
 
+# Slots that also take words which do not exist: whatever nobody has heard of lies beyond the guide too.
+_OPEN_SLOTS = ("person", "place", "company", "software", "thing", "animal")
 _SLOT = re.compile(r"\{([a-z_]+?)[23]?\}")
 _WEIGHTS = {"topic": 0.70, "beyond": 0.18, "talk": 0.105, "tour": 0.015}
 _PLAIN = Strength(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-_LIGHT = Strength(synonyms=0.3, delete=0.08, fragment=0.0, reorder=0.03, bag=0.0, filler=0.05, pseudo=0.0, typo=0.12, around=0.2)
+_LIGHT = Strength(
+    synonyms=0.3, delete=0.08, fragment=0.0, reorder=0.03, bag=0.0, filler=0.05, pseudo=0.0, typo=0.12, around=0.2
+)
 
 
 @dataclass
@@ -41,7 +45,12 @@ class Generator:
     """An endless source of training conversations."""
 
     def __init__(
-        self, corpus: Corpus, seed: int, hold_out: bool = True, patterned: float = 0.3, withheld: frozenset[str] = frozenset()
+        self,
+        corpus: Corpus,
+        seed: int,
+        hold_out: bool = True,
+        patterned: float = 0.3,
+        withheld: frozenset[str] = frozenset(),
     ) -> None:
         """Prepare an endless source.
 
@@ -162,7 +171,11 @@ class Generator:
             if language == "zh" and rng.random() < 0.5:
                 return "".join(rng.choice(self._han) for _ in range(rng.randint(2, 4)))
             return pseudo_word(rng)
-        if language == "en" and name in ("person", "place", "company", "software", "thing", "animal") and rng.random() < 0.12:
+        if (
+            language == "en"
+            and name in ("person", "place", "company", "software", "thing", "animal")
+            and rng.random() < 0.12
+        ):
             return pseudo_word(rng).capitalize() if name != "thing" else pseudo_word(rng)
         return rng.choice(self._corpus.slots[name][language])
 

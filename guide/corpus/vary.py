@@ -9,17 +9,20 @@ import re
 import string
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 HAN = re.compile(r"[\u3400-\u9fff]")
 _WORDS = re.compile(r"\s*\S+")
 _PIECES_ZH = re.compile(r"[A-Za-z0-9_\-./:]+|\s+|.", re.S)
+_MARKS = {"en": ("?", "?", "?", ".", "??", "!", " ?", "..."), "zh": ("？", "？", "？", "。", "！", "?")}
 _CONSONANTS = ["b", "c", "d", "f", "g", "h", "j", "k", "l", "m", "n", "p", "r", "s", "t", "v", "w", "z"]
 _CONSONANTS += ["br", "cr", "fl", "gr", "pl", "st", "tr", "sh", "ch", "th", "qu"]
 _VOWELS = ["a", "e", "i", "o", "u", "ai", "ea", "ee", "oo", "ou", "y"]
 _CODAS = ["", "", "", "n", "r", "l", "s", "x", "t", "ck", "nd", "ng"]
 _STOP_WORDS = frozenset(
-    "a an the is are was be do does did can could will would should may i you it my me we us of to in on at for with and or"
-    " that this there have has had please what how which why where when who".split()
+    {"a", "an", "the", "is", "are", "was", "be", "do", "does", "did", "can", "could", "will", "would", "should",
+     "may", "i", "you", "it", "my", "me", "we", "us", "of", "to", "in", "on", "at", "for", "with", "and", "or",
+     "that", "this", "there", "have", "has", "had", "please", "what", "how", "which", "why", "where", "when", "who"}
 )
 
 
@@ -94,7 +97,9 @@ class Synonyms:
 class Vary:
     """Makes one question into another that means the same."""
 
-    def __init__(self, lexicon: dict[str, tuple[tuple[str, ...], ...]], wording: dict[str, dict[str, list[str]]]) -> None:
+    def __init__(
+        self, lexicon: dict[str, tuple[tuple[str, ...], ...]], wording: dict[str, dict[str, list[str]]]
+    ) -> None:
         """`lexicon` and `wording` as in the YAML files of the same names."""
         self._synonyms = {
             "en": Synonyms(lexicon["en"], by_character=False),
@@ -214,6 +219,10 @@ class Vary:
         if end < 0.35:
             text = text.rstrip("?？.。!！ ")
         elif end < 0.6:
-            mark = rng.choice(("?", "?", "?", ".", "??", "!", " ?", "...")) if language == "en" else rng.choice("？？？。！?")
+            mark = (
+                rng.choice(("?", "?", "?", ".", "??", "!", " ?", "..."))
+                if language == "en"
+                else rng.choice("？？？。！?")
+            )
             text = text.rstrip("?？.。!！ ") + mark
         return text

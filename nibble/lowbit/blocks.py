@@ -97,7 +97,7 @@ def chunk_for(device: torch.device) -> int:
     return CHUNK if device.type == "cpu" else 16 * CHUNK
 
 
-def row_chunks(out_features: int, in_features: int, multiple: int = 1, size: int = CHUNK) -> Iterator[slice]:
+def row_chunks(out_features: int, in_features: int, *, multiple: int = 1, size: int = CHUNK) -> Iterator[slice]:
     """Slices of rows that hold about `size` weights each; every start is a multiple of `multiple`."""
     step = max(multiple, size // max(in_features, 1) // multiple * multiple)
     for start in range(0, out_features, step):

@@ -40,7 +40,7 @@ class CpuInt4Weight(Int4Weight):
         codes = torch.empty(out_features, planes * width // 2, dtype=torch.uint8)
         terms = torch.empty(planes * width // weight.format.block, out_features, 2, dtype=torch.bfloat16)
         # Small pieces: the kernel's packing takes int32.
-        for part in row_chunks(out_features, planes * width, block_rows(), CHUNK // 2):
+        for part in row_chunks(out_features, planes * width, multiple=block_rows(), size=CHUNK // 2):
             values = to_planes(weight, part)
             codes[part] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1).view(-1, codes.shape[1])
             terms[:, part] = to_terms(weight, part)
@@ -68,7 +68,7 @@ class CpuInt4Weight(Int4Weight):
         """Slices of rows that hold whole blocks of the kernel, and the rows of a block; the last one may be smaller."""
         block = block_rows()
         whole = len(self.codes) // block * block
-        for part in row_chunks(whole, self.padded, block, MANY):
+        for part in row_chunks(whole, self.padded, multiple=block, size=MANY):
             yield part, block
         if whole < len(self.codes):
             yield slice(whole, len(self.codes)), len(self.codes) - whole

@@ -35,7 +35,7 @@ class CudaInt4Weight(Int4Weight):
     def pack(cls, weight: QuantizedTensor) -> CudaInt4Weight:
         planes, width = RECIPES[weight.format.name].planes, weight.format.padded(weight.in_features)
         codes, terms = [], []
-        for part in row_chunks(weight.shape[0], planes * width, TILE_ROWS, MANY):
+        for part in row_chunks(weight.shape[0], planes * width, multiple=TILE_ROWS, size=MANY):
             codes.append(_pack(to_planes(weight, part), _column_tiles(planes * width)))
             terms.append(to_terms(weight, part).bfloat16())
         return cls(weight.format, torch.cat(codes), torch.cat(terms, dim=1), weight.in_features)
@@ -49,14 +49,14 @@ class CudaInt4Weight(Int4Weight):
 
     def many(self, rows: torch.Tensor) -> torch.Tensor:
         out = rows.new_empty(len(rows), self.out_features)
-        for part in row_chunks(self.out_features, self.padded, TILE_ROWS, MANY):
+        for part in row_chunks(self.out_features, self.padded, multiple=TILE_ROWS, size=MANY):
             scale, zero = (term.T.unsqueeze(-1).to(rows.dtype) for term in self.affine(part))
             dense = self._values(part).to(rows.dtype).unflatten(1, (-1, self.format.block))
             out[:, part] = linear(rows, torch.addcmul(zero, dense, scale, out=dense).flatten(1))
         return out
 
     def canonical(self) -> torch.Tensor:
-        parts = row_chunks(self.out_features, self.padded, TILE_ROWS, MANY)
+        parts = row_chunks(self.out_features, self.padded, multiple=TILE_ROWS, size=MANY)
         return torch.cat([from_codes(self._values(part).view(torch.uint8), self.format) for part in parts])
 
     def _values(self, part: slice) -> torch.Tensor:
