@@ -79,12 +79,8 @@ class Candidate:
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
             inputs = tokenizer([prompts[i] for i in rows], return_tensors="pt", padding=True, add_special_tokens=False)
-            tokens = self._model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                max_new_tokens=LONGEST,
-                do_sample=False,
-            )
+            ids, mask = inputs["input_ids"], inputs["attention_mask"]
+            tokens = self._model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=LONGEST, do_sample=False)
             texts = tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)
             for i, text in zip(rows, texts, strict=True):
                 answers[i] = text

@@ -171,12 +171,8 @@ class Generator:
             if language == "zh" and rng.random() < 0.5:
                 return "".join(rng.choice(self._han) for _ in range(rng.randint(2, 4)))
             return pseudo_word(rng)
-        if (
-            language == "en"
-            and name in ("person", "place", "company", "software", "thing", "animal")
-            and rng.random() < 0.12
-        ):
-            return pseudo_word(rng).capitalize() if name != "thing" else pseudo_word(rng)
+        if language == "en" and name in _OPEN_SLOTS and rng.random() < 0.12:
+            return pseudo_word(rng) if name == "thing" else pseudo_word(rng).capitalize()
         return rng.choice(self._corpus.slots[name][language])
 
     def _follow(self, state: _State, language: str) -> tuple[str, str] | None:

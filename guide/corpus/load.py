@@ -69,12 +69,8 @@ class Corpus:
         for topic in self.topics.values():
             yield from topic.answer.values()
         name = self.wording["name"]
-        for group in (
-            name["tell"]["answer"],
-            name["ask"]["answer"],
-            name["ask"]["unknown"],
-            self.wording["more"]["answer"],
-        ):
+        said = [name["tell"]["answer"], name["ask"]["answer"], name["ask"]["unknown"], self.wording["more"]["answer"]]
+        for group in said:
             yield from group.values()
 
 
@@ -149,9 +145,7 @@ def load_corpus(folder: Path = FOLDER) -> Corpus:
         for entry in _read(folder / "follow.yaml")
     )
     beyond = _read(folder / "beyond.yaml")
-    slots = {
-        name: {lang: tuple(map(str, words[lang])) for lang in LANGUAGES} for name, words in beyond["slots"].items()
-    }
+    slots = {name: {lang: tuple(words[lang]) for lang in LANGUAGES} for name, words in beyond["slots"].items()}
     lexicon = {name: tuple(tuple(group) for group in groups) for name, groups in _read(folder / "lexicon.yaml").items()}
     corpus = Corpus(_topics(folder), follow_ups, slots, lexicon, _read(folder / "wording.yaml"))
     _check(corpus)

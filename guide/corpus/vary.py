@@ -9,7 +9,6 @@ import re
 import string
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 HAN = re.compile(r"[\u3400-\u9fff]")
 _WORDS = re.compile(r"\s*\S+")
@@ -20,9 +19,54 @@ _CONSONANTS += ["br", "cr", "fl", "gr", "pl", "st", "tr", "sh", "ch", "th", "qu"
 _VOWELS = ["a", "e", "i", "o", "u", "ai", "ea", "ee", "oo", "ou", "y"]
 _CODAS = ["", "", "", "n", "r", "l", "s", "x", "t", "ck", "nd", "ng"]
 _STOP_WORDS = frozenset(
-    {"a", "an", "the", "is", "are", "was", "be", "do", "does", "did", "can", "could", "will", "would", "should",
-     "may", "i", "you", "it", "my", "me", "we", "us", "of", "to", "in", "on", "at", "for", "with", "and", "or",
-     "that", "this", "there", "have", "has", "had", "please", "what", "how", "which", "why", "where", "when", "who"}
+    {
+        "a",
+        "an",
+        "the",
+        "is",
+        "are",
+        "was",
+        "be",
+        "do",
+        "does",
+        "did",
+        "can",
+        "could",
+        "will",
+        "would",
+        "should",
+        "may",
+        "i",
+        "you",
+        "it",
+        "my",
+        "me",
+        "we",
+        "us",
+        "of",
+        "to",
+        "in",
+        "on",
+        "at",
+        "for",
+        "with",
+        "and",
+        "or",
+        "that",
+        "this",
+        "there",
+        "have",
+        "has",
+        "had",
+        "please",
+        "what",
+        "how",
+        "which",
+        "why",
+        "where",
+        "when",
+        "who",
+    }
 )
 
 
