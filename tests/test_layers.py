@@ -19,7 +19,9 @@ INSIDE = {
     "transformers": {"lowbit", "devices", "library", "publish"},
     "prompts": {"prompts", "engines.base"},
     "engines": {"engines", "prompts", "transformers", "lowbit", "devices", "library"},
-    "commands": {"commands", "engines", "library", "devices", "hosting"},
+    "commands": {"commands", "engines", "library", "devices", "hosting", "jobs"},
+    "jobs": {"jobs", "tasks"},
+    "tasks": {"tasks", "jobs", "transformers", "lowbit", "devices", "library", "publish"},
     "hosting": {"hosting"},
     "library": {"library"},
     "devices": {"devices"},
@@ -31,6 +33,7 @@ INSIDE = {
 TORCH_FREE = (
     "nibble", "nibble.config", "nibble.errors", "nibble.library", "nibble.hosting", "nibble.chats", "nibble.publish",
     "nibble.engines.base", "nibble.engines.worker", "nibble.engines.host", "nibble.lowbit", "nibble.lowbit.formats",
+    "nibble.jobs", "nibble.tasks",
 )  # fmt: skip
 
 

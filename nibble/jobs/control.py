@@ -21,7 +21,19 @@ from typing import Any
 
 from nibble.errors import JobError
 from nibble.jobs import processes
-from nibble.jobs.folder import JOB_ID, Run, Status, locks_folder, new_id, new_run, runs_folder, write_json, write_run
+from nibble.jobs.folder import (
+    JOB_ID,
+    LIVE,
+    Run,
+    Status,
+    locks_folder,
+    new_id,
+    new_run,
+    read_status,
+    runs_folder,
+    write_json,
+    write_run,
+)
 from nibble.jobs.job import Job, read
 from nibble.jobs.processes import Lock
 from nibble.tasks import SHORT_NAME
@@ -50,8 +62,8 @@ def start(
     with starting(home):
         refuse_twin(run, home)
         if exclusive and not queue:
-            for job in list_jobs(home):
-                if job.live and job.exclusive == exclusive:
+            for job in live_jobs(home):
+                if job.exclusive == exclusive:
                     raise JobError(f"{exclusive} is busy with the job {job.id}.", "Wait for its end, or stop it.")
         folder, lock = make_folder(run, home)
         with lock:
@@ -88,8 +100,8 @@ def refuse_twin(run: Run, home: Path) -> None:
     Raises:
         JobError: a live job has the same task and spec.
     """
-    for job in list_jobs(home):
-        if job.live and (job.task, job.spec) == (run.task, run.spec):
+    for job in live_jobs(home):
+        if (job.task, job.spec) == (run.task, run.spec):
             raise JobError(f"This very work is already {job.state}: {job.id}.", "Wait for its end, or stop it.")
 
 
@@ -121,7 +133,7 @@ def _spawn(folder: Path, lock: Lock, status: Status) -> None:
     environment = os.environ | {
         processes.JOB_VARIABLE: str(folder),
         "PYTHONUNBUFFERED": "1",
-        "PYTHONIOENCODING": "utf-8",
+        "PYTHONIOENCODING": "utf-8:backslashreplace",
     }
     try:
         with (folder / "log.txt").open("ab") as log:
@@ -144,12 +156,29 @@ def _reap(process: subprocess.Popen[bytes], folder: Path, attempt: int) -> None:
             write_json(folder / "exit.json", {"attempt": attempt, "code": code})
 
 
-def list_jobs(home: Path) -> list[Job]:
-    """Every run, newest first. Folders that are no runs are passed over; a broken run says what is wrong with it."""
-    root = runs_folder(home)
-    folders = [path for path in root.iterdir() if JOB_ID.fullmatch(path.name)] if root.is_dir() else []
-    jobs = [read(folder) for folder in folders if folder.is_dir()]
+def list_jobs(home: Path, limit: int | None = None) -> list[Job]:
+    """The runs, newest first. Folders that are no runs are passed over; a broken run says what is wrong with it.
+
+    Args:
+        home: Nibble's home folder.
+        limit: only so many of the newest; reading one takes about a millisecond.
+    """
+    jobs = [read(folder) for folder in _folders(home)[:limit]]
     return sorted(jobs, key=lambda job: (job.created, job.id), reverse=True)
+
+
+def live_jobs(home: Path) -> list[Job]:
+    """The runs that wait or work. Quick, however many have ended."""
+    statuses = ((folder, read_status(folder)) for folder in _folders(home))
+    jobs = (read(folder) for folder, status in statuses if status is None or status.state in LIVE)
+    return [job for job in jobs if job.live]
+
+
+def _folders(home: Path) -> list[Path]:
+    """Every run's folder, latest id first."""
+    root = runs_folder(home)
+    found = (path for path in root.iterdir() if JOB_ID.fullmatch(path.name)) if root.is_dir() else iter(())
+    return sorted((path for path in found if path.is_dir()), key=lambda path: path.name, reverse=True)
 
 
 def find(job_id: str, home: Path) -> Job:

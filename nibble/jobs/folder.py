@@ -137,8 +137,12 @@ def _plain(value: Any, place: str) -> Any:
         return [_plain(item, f"{place}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if value is None or type(value) in (str, int, float, bool):
+    if value is None or isinstance(value, bool):
         return value
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            # An enumeration's member or a NumPy float is written as what it is at bottom.
+            return str.__str__(value) if kind is str else kind(value)
     raise JobError(f"{place} is a {type(value).__name__}, which run.yaml cannot keep.", "Give text or a number.")
 
 
@@ -199,7 +203,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
     A full disk must not hide how a job ended: where no new file fits, the old one's own blocks are written over.
     """
-    text = (json.dumps(values, ensure_ascii=False, default=str) + "\n").encode()
+    text = (json.dumps(values, ensure_ascii=False, default=str) + "\n").encode(errors="backslashreplace")
     beside = path.with_name(f".{path.name}.tmp")
     try:
         beside.write_bytes(text)

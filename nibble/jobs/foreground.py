@@ -157,7 +157,8 @@ def _kept_report(run: Run, home: Path, held: contextlib.ExitStack) -> FileReport
         folder, lock = make_folder(run, home)
     held.callback(lock.close)
     lock.keep()
-    report = FileReport(folder, Status().attempt, held.enter_context((folder / "log.txt").open("a", encoding="utf-8")))
+    log = (folder / "log.txt").open("a", encoding="utf-8", errors="backslashreplace")
+    report = FileReport(folder, Status().attempt, held.enter_context(log))
     report.tell()
     return report
 
