@@ -242,6 +242,8 @@ def resume(job_id: str, home: Path) -> Job:
                 if time.monotonic() > end:
                     raise JobError(f"A process still works on the job {job_id}.", "Stop it first.")
                 time.sleep(0.02)
+            for word in ("stop.json", "exit.json"):
+                (job.folder / word).unlink(missing_ok=True)
             status = Status(attempt=job.status.attempt + 1)
             write_json(job.folder / "status.json", asdict(status))
             _spawn(job.folder, lock, status)

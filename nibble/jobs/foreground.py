@@ -86,7 +86,7 @@ class LineReport:
                 self._stream.write(f"\r{line}{ERASE}\n")
             else:
                 # A line that wraps could not be taken back.
-                width = os.get_terminal_size(self._stream.fileno()).columns
+                width = os.get_terminal_size(self._stream.fileno()).columns or 80
                 self._stream.write(f"\r{line[: width - 1]}{ERASE}")
             self._stream.flush()
 

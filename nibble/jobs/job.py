@@ -121,6 +121,8 @@ def _judge(folder: Path) -> tuple[State, str, Status]:
 def _verdict(folder: Path, status: Status | None) -> tuple[State, str]:
     """How a process ended that could not say so itself."""
     if status is None:
+        if (folder / "stop.json").exists():
+            return "stopped", "Stopped on request."
         return "killed", "Its status.json cannot be read, and no process works on it."
     ended = read_json(folder / "exit.json")
     code = ended.get("code") if ended.get("attempt") == status.attempt else None

@@ -23,13 +23,13 @@ from typing import Any, TextIO
 from nibble import tasks
 from nibble.errors import JobError, NibbleError
 from nibble.jobs import processes
-from nibble.jobs.folder import Run, State, Status, device_lock, read_json, read_run, read_status, write_json
+from nibble.jobs.folder import LIVE, Run, State, Status, device_lock, read_json, read_run, read_status, write_json
 from nibble.jobs.job import holder
 from nibble.jobs.processes import Lock, Stopped
 from nibble.jobs.progress import Meter
 
 WRITE_S = 0.25
-"""status.json is written at most this often, but for a change of state, stage or note."""
+"""Progress is written down at most this often; a change of state and a note at once."""
 
 
 class FileReport:
@@ -40,13 +40,15 @@ class FileReport:
         self._log = log
         self._mutex = threading.Lock()
         self._meter = Meter()
-        self._began = self._written = time.monotonic()
+        self._began = time.monotonic()
         self._metrics = _line_file(folder / "metrics.jsonl")
         me = processes.identify(os.getpid())
         assert me is not None
         self._status = Status(
             attempt=attempt, pid=me.pid, ticks=me.ticks, boot=me.boot, oom_kills=processes.oom_kills()
         )
+        self._news = threading.Event()
+        threading.Thread(target=self._tell_news, daemon=True).start()
 
     @property
     def folder(self) -> Path:
@@ -55,9 +57,8 @@ class FileReport:
 
     def progress(self, done: float, total: float, unit: str = "", stage: str = "") -> None:
         """As `nibble.tasks.Report`."""
-        new_stage = self._meter.update(done, total, unit, stage)
-        if new_stage or time.monotonic() - self._written >= WRITE_S:
-            self.tell()
+        self._meter.update(done, total, unit, stage)
+        self._news.set()
 
     def metric(self, **numbers: float) -> None:
         """As `nibble.tasks.Report`; each row carries `t`, seconds since the work began. What is not finite is null."""
@@ -75,6 +76,14 @@ class FileReport:
             self._log.flush()
         self.tell(note=line)
 
+    def _tell_news(self) -> None:
+        """Write progress down, in a thread: no disk makes the task wait, and the last word before a silence is kept."""
+        while self._status.state in LIVE:
+            self._news.wait()
+            self._news.clear()
+            self.tell()
+            time.sleep(WRITE_S)
+
     def begin(self) -> None:
         """The wait is over, if there was one."""
         self._began = time.monotonic()
@@ -83,13 +92,14 @@ class FileReport:
     def end(self, state: State, cause: str = "", result: Mapping[str, Any] | None = None) -> None:
         """The last word."""
         self.tell(state=state, cause=cause, ended=time.time(), result=dict(result) if result is not None else None)
+        self._news.set()
 
     def tell(self, **changes: Any) -> None:
         """Write status.json with these fields changed. A disk that is full or gone is no reason to end the work."""
         with self._mutex:
-            now = time.monotonic()
-            elapsed = now - self._began if self._status.started or "started" in changes else 0.0
-            self._written = now
+            if self._status.state not in LIVE:
+                return
+            elapsed = time.monotonic() - self._began if self._status.started or "started" in changes else 0.0
             self._status = replace(self._status, progress=self._meter.reading(), elapsed_s=round(elapsed, 3), **changes)
             with contextlib.suppress(OSError):
                 write_json(self._folder / "status.json", asdict(self._status))

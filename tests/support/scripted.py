@@ -32,6 +32,23 @@ def tick(report: Report, count: int, pause: float) -> None:
         time.sleep(pause)
 
 
+def tick_until(report: Report, name: str) -> None:
+    """Steps until a file of this name lies in the run's folder."""
+    step = 0
+    while not (Path(report.folder or ".") / name).exists():
+        step += 1
+        report.progress(step, 0, "steps", "ticking")
+        report.metric(step=step)
+        print("line", step)
+        time.sleep(0.01)
+
+
+def set_clock(report: Report, seconds: float) -> None:
+    """From now on the wall clock is this far off."""
+    true_time = time.time
+    time.time = lambda: true_time() + seconds
+
+
 def wait_for(report: Report, name: str) -> None:
     """Until a file of this name lies in the run's folder, or at this path."""
     while not (Path(report.folder or ".") / name).exists():
@@ -105,6 +122,8 @@ def throw(report: Report, kind: str, text: str) -> None:
 
 ACTIONS: dict[str, Any] = {
     "tick": tick,
+    "tick_until": tick_until,
+    "set_clock": set_clock,
     "sleep": lambda report, seconds: time.sleep(seconds),
     "wait_for": wait_for,
     "once": once,
