@@ -18,14 +18,14 @@ from nibble import jobs
 from nibble.errors import JobError
 from nibble.jobs import Job
 from nibble.jobs.processes import JOB_VARIABLE
-from tests.support import scripted
+from tests.support import scripted_task
 from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[1]
 
 
 def start(home: Path, *script: Any, **named: Any) -> Job:
-    return jobs.start(scripted, {"script": list(script)}, home=home, **named)
+    return jobs.start(scripted_task, {"script": list(script)}, home=home, **named)
 
 
 def ended(job: Job, home: Path) -> Job:
@@ -225,10 +225,10 @@ import sys
 from pathlib import Path
 from nibble import jobs
 from nibble.errors import JobError
-from tests.support import scripted
+from tests.support import scripted_task
 sys.stdin.readline()
 try:
-    jobs.start(scripted, {"script": [["sleep", 60]]}, home=Path(sys.argv[1]))
+    jobs.start(scripted_task, {"script": [["sleep", 60]]}, home=Path(sys.argv[1]))
 except JobError:
     pass
 """
@@ -311,7 +311,7 @@ def test_an_endpoint_cannot_name_a_module(home: Path) -> None:
 )  # fmt: skip
 def test_secrets_are_not_written_down(spec: dict[str, Any], home: Path) -> None:
     with pytest.raises(JobError, match="HF_TOKEN"):
-        jobs.start(scripted, spec, home=home)
+        jobs.start(scripted_task, spec, home=home)
     assert jobs.list_jobs(home) == []
 
 
@@ -320,9 +320,9 @@ def test_a_spec_is_read_back_as_it_was_given(home: Path) -> None:
         "script": [], "max_new_tokens": 3, "eos_token": "</s>", "rate": 1e-5, "no": "no", "text": "1e-5", "none": None,
         "words": "漢字 \U0001f600 \x07 \u2028 'a' \"b\": #", "nested": {"a": [1, 2.5, True, {"b": []}]}, "big": 10**30,
     }  # fmt: skip
-    job = jobs.start(scripted, spec, home=home)
+    job = jobs.start(scripted_task, spec, home=home)
     assert ended(job, home).spec == spec
     for bad in ({1: 2}, {"x": object()}, {"x": b"bytes"}, {"x": "y" * 1_100_000}):
         with pytest.raises(JobError):
-            jobs.start(scripted, bad, home=home)
+            jobs.start(scripted_task, bad, home=home)
     assert len(jobs.list_jobs(home)) == 1

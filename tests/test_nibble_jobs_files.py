@@ -16,7 +16,7 @@ from nibble.errors import JobError
 from nibble.jobs import Job
 from nibble.jobs.processes import identify
 from nibble.jobs.progress import Meter, Progress, duration, size
-from tests.support import scripted
+from tests.support import scripted_task
 from tests.support.waiting import until
 
 
@@ -30,7 +30,7 @@ def nothing_stays(home: Path) -> Iterator[None]:
 @pytest.fixture
 def job(home: Path) -> Job:
     """A job that runs."""
-    started = jobs.start(scripted, {"script": [["progress", 1, 2, "steps", "s"], ["sleep", 60]]}, home=home)
+    started = jobs.start(scripted_task, {"script": [["progress", 1, 2, "steps", "s"], ["sleep", 60]]}, home=home)
     until(lambda: jobs.find(started.id, home).progress.done)
     return jobs.find(started.id, home)
 
@@ -76,7 +76,7 @@ def test_a_pid_that_another_process_has_taken_is_not_the_job(job: Job, home: Pat
 def test_the_wall_clock_may_jump(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     years = 3e8
     script = [["tick", 20, 0.01], ["set_clock", -years], ["tick", 20, 0.01], ["set_clock", 2 * years], ["sleep", 60]]
-    started = jobs.start(scripted, {"script": script}, home=home)
+    started = jobs.start(scripted_task, {"script": script}, home=home)
     until(lambda: len(jobs.find(started.id, home).metrics()) == 40)
     true_time = time.time
     for jump in (-years, years):
@@ -117,7 +117,7 @@ def test_foreign_and_broken_folders_are_survived(job: Job, home: Path) -> None:
 
 
 def test_jobs_are_listed_newest_first_and_found_by_whole_ids_only(home: Path) -> None:
-    ids = [jobs.start(scripted, {"script": [], "n": n}, home=home).id for n in range(5)]
+    ids = [jobs.start(scripted_task, {"script": [], "n": n}, home=home).id for n in range(5)]
     assert [job.id for job in jobs.list_jobs(home)] == ids[::-1]
     for name in ("", ".", "..", "../runs", ids[0][:-1], ids[0] + "/", ids[0] + "\0", f"../runs/{ids[0]}", ".locks"):
         with pytest.raises(JobError, match="There is no job"):

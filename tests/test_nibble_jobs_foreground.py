@@ -18,7 +18,7 @@ import pytest
 from nibble import jobs
 from nibble.__main__ import main
 from nibble.errors import JobError, NibbleError
-from tests.support import scripted
+from tests.support import scripted_task
 from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[1]
@@ -27,9 +27,9 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from nibble import jobs
-from tests.support import scripted
+from tests.support import scripted_task
 script = [["spawn", "session"], ["note", "spawned"], ["sleep", 60]]
-jobs.run_foreground(scripted, {"script": script}, home=Path(sys.argv[1]), keep=True, exclusive="cpu")
+jobs.run_foreground(scripted_task, {"script": script}, home=Path(sys.argv[1]), keep=True, exclusive="cpu")
 """
 
 
@@ -43,7 +43,7 @@ def nothing_stays(home: Path) -> Iterator[None]:
 def foreground(home: Path, *script: Any, **named: Any) -> tuple[dict[str, Any], str]:
     """The result, and what was shown."""
     shown = io.StringIO()
-    result = jobs.run_foreground(scripted, {"script": list(script)}, home=home, stream=shown, **named)
+    result = jobs.run_foreground(scripted_task, {"script": list(script)}, home=home, stream=shown, **named)
     return result, shown.getvalue()
 
 
@@ -76,13 +76,13 @@ def test_errors_stay_sentences(home: Path) -> None:
 
 
 def test_one_device_serves_jobs_and_the_console_in_turn(home: Path) -> None:
-    job = jobs.start(scripted, {"script": [["wait_for", "go"]]}, home=home, exclusive="cpu")
+    job = jobs.start(scripted_task, {"script": [["wait_for", "go"]]}, home=home, exclusive="cpu")
     until(lambda: jobs.find(job.id, home).state == "running")
     threading.Timer(0.3, (job.folder / "go").touch).start()
     _, shown = foreground(home, ["tick", 1, 0.0], exclusive="cpu")
     assert shown.startswith(f"Waits for cpu, which {job.id} holds.\n")
     # It has let go of the device again, though this process lives on.
-    second = jobs.start(scripted, {"script": []}, home=home, exclusive="cpu")
+    second = jobs.start(scripted_task, {"script": []}, home=home, exclusive="cpu")
     until(lambda: jobs.find(second.id, home).state == "done")
 
 
@@ -111,7 +111,7 @@ def test_it_can_be_stopped_and_resumed_from_elsewhere(home: Path) -> None:
 def test_the_line_on_a_terminal_is_drawn_over_itself(home: Path) -> None:
     leader, follower = os.openpty()
     with os.fdopen(follower, "w") as stream:
-        jobs.run_foreground(scripted, {"script": [["tick", 3, 0.0], ["note", "a note"]]}, home=home, stream=stream)
+        jobs.run_foreground(scripted_task, {"script": [["tick", 3, 0.0], ["note", "a note"]]}, home=home, stream=stream)
     read = b""
     # Linux ends the reading of a terminal that nobody has open with an error.
     with contextlib.suppress(OSError):
@@ -124,7 +124,7 @@ def test_the_line_on_a_terminal_is_drawn_over_itself(home: Path) -> None:
 
 
 def test_the_console_lists_stops_resumes_and_shows_logs(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job = jobs.start(scripted, {"script": [["print", "in the log"], ["progress", 1, 4], ["sleep", 60]]}, home=home)
+    job = jobs.start(scripted_task, {"script": [["print", "in the log"], ["progress", 1, 4], ["sleep", 60]]}, home=home)
     until(lambda: jobs.find(job.id, home).progress.done)
     assert main(["jobs"]) == 0
     assert f"{job.id}  running" in capsys.readouterr().out

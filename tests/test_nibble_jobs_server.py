@@ -23,11 +23,11 @@ SERVER = """
 import json, sys, time
 from pathlib import Path
 from nibble import jobs
-from tests.support import scripted
+from tests.support import scripted_task
 home = Path(sys.argv[1])
 sys.stdout.write("ready\\n"); sys.stdout.flush()
 if sys.stdin.readline() == "start\\n":
-    jobs.start(scripted, {"script": [["tick_until", "enough"]]}, home=home, exclusive="cpu")
+    jobs.start(scripted_task, {"script": [["tick_until", "enough"]]}, home=home, exclusive="cpu")
 while True:
     found = jobs.list_jobs(home)
     sys.stdout.write(json.dumps([[job.id, job.state, job.status.pid, job.progress.done] for job in found]) + "\\n")

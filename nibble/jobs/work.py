@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -66,7 +67,7 @@ class FileReport:
         row |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         # A single write(2) at the end of the file: rows of several threads never mix.
         with contextlib.suppress(OSError):
-            os.write(self._metrics, (json.dumps(row, default=float) + "\n").encode())
+            self._metrics.write((json.dumps(row, default=float) + "\n").encode())
 
     def note(self, text: str) -> None:
         """As `nibble.tasks.Report`."""
@@ -105,13 +106,13 @@ class FileReport:
                 write_json(self._folder / "status.json", asdict(self._status))
 
 
-def _line_file(path: Path) -> int:
-    """Open a file for appending lines; one that an earlier kill has cut within a line is ended first."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-    size = os.fstat(fd).st_size
-    if size and os.pread(fd, 1, size - 1) != b"\n":
-        os.write(fd, b"\n")
-    return fd
+def _line_file(path: Path) -> FileIO:
+    """Open a file for appending lines, unbuffered; one that an earlier kill has cut within a line is ended first."""
+    stream = path.open("a+b", buffering=0)
+    size = stream.seek(0, os.SEEK_END)
+    if size and os.pread(stream.fileno(), 1, size - 1) != b"\n":
+        stream.write(b"\n")
+    return stream
 
 
 def work(folder: Path, lock_fd: int | None = None) -> int:
