@@ -147,6 +147,15 @@ def test_a_stopped_task_may_save_and_a_deaf_one_is_killed(home: Path) -> None:
     assert members(deaf) == []
 
 
+@pytest.mark.full
+def test_a_job_whose_stopper_dies_ends_itself(home: Path) -> None:
+    job = start(home, ["stubborn"])
+    until(lambda: jobs.find(job.id, home).status.note == "on")
+    os.kill(jobs.find(job.id, home).status.pid, signal.SIGTERM)
+    until(lambda: jobs.find(job.id, home).status.note == "caught")
+    assert ended(job, home).cause == "Killed from outside (SIGALRM); nothing says that memory ran out."
+
+
 def test_a_job_is_stopped_at_any_moment_of_its_start(home: Path) -> None:
     for step in range(12):
         job = start(home, ["sleep", 60], ["progress", step, 12])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from nibble import jobs
 from nibble.errors import JobError
-from nibble.jobs import Job
+from nibble.jobs import Job, processes
 from nibble.jobs.processes import identify
 from nibble.jobs.progress import Meter, Progress, duration, size
 from tests.support import scripted_task
@@ -71,6 +71,19 @@ def test_a_pid_that_another_process_has_taken_is_not_the_job(job: Job, home: Pat
     edit(job, pid=me.pid, ticks=me.ticks, boot="another")
     (job.folder / "exit.json").unlink(missing_ok=True)
     assert jobs.find(job.id, home).cause == "The machine was restarted while it ran."
+
+
+def test_a_job_that_ends_between_two_looks_is_done(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = jobs.start(scripted_task, {"script": []}, home=home)
+    until(lambda: jobs.find(started.id, home).state == "done")
+    last_word = (started.folder / "status.json").read_bytes()
+    edit(started, state="running", ended=None, result=None)
+
+    def identify(pid: int) -> None:
+        (started.folder / "status.json").write_bytes(last_word)
+
+    monkeypatch.setattr(processes, "identify", identify)
+    assert jobs.find(started.id, home).state == "done"
 
 
 def test_the_wall_clock_may_jump(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,16 @@ def deaf(report: Report) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def stubborn(report: Report) -> None:
+    """A library that catches everything and goes on."""
+    report.note("on")
+    for _ in range(2):
+        try:
+            time.sleep(60)
+        except BaseException:  # noqa: BLE001
+            report.note("caught")
+
+
 def full_disk(report: Report) -> None:
     """From now on no file can be made in this process."""
 
@@ -131,6 +141,7 @@ ACTIONS: dict[str, Any] = {
     "fork": fork,
     "save_slowly": save_slowly,
     "deaf": deaf,
+    "stubborn": stubborn,
     "full_disk": full_disk,
     "long_log": long_log,
     "refuse": refuse,
