@@ -70,7 +70,7 @@ def clean_all(parent: Path) -> None:
     """Remove what killed saves have left anywhere in `parent`, as at a start; saves that are under way are let be."""
     for lock in parent.glob(".*.lock"):
         folder = parent / lock.name[1 : -len(".lock")]
-        with suppress(ModelError), _alone(folder):
+        with suppress(ModelError, OSError), _alone(folder):
             clean(folder)
 
 
