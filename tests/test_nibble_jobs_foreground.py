@@ -18,6 +18,7 @@ import pytest
 from nibble import jobs
 from nibble.__main__ import main
 from nibble.errors import JobError, NibbleError
+from nibble.jobs.work import take_device
 from tests.support import scripted_task
 from tests.support.waiting import until
 
@@ -81,6 +82,10 @@ def test_one_device_serves_jobs_and_the_console_in_turn(home: Path) -> None:
     threading.Timer(0.3, (job.folder / "go").touch).start()
     _, shown = foreground(home, ["tick", 1, 0.0], exclusive="cpu")
     assert shown.startswith(f"Waits for cpu, which {job.id} holds.\n")
+    with contextlib.ExitStack() as held:
+        held.callback(take_device(home, "cpu", "work in a console", print).close)
+        with pytest.raises(JobError, match="cpu is taken by work in a console"):
+            jobs.start(scripted_task, {"script": []}, home=home, exclusive="cpu", queue=False)
     # It has let go of the device again, though this process lives on.
     second = jobs.start(scripted_task, {"script": []}, home=home, exclusive="cpu")
     until(lambda: jobs.find(second.id, home).state == "done")

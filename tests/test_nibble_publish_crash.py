@@ -31,7 +31,7 @@ def test_a_killed_save_leaves_the_old_model_or_the_new_one(count: int, tmp_path:
     ends = crashing("kills", count, tmp_path)
     assert ends["old"] + ends["new"] == count
     # The moments lay all over the save, else this has shown nothing.
-    assert ends["killed"] > count / 4 and ends["old"] > count / 10 and ends["new"] > count / 10
+    assert min(ends["killed"], ends["old"], ends["new"], ends["unfinished"]) > count / 20, ends
 
 
 def test_each_call_to_the_disk_may_fail(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from nibble.jobs.folder import (
     LIVE,
     Run,
     Status,
+    device_lock,
     locks_folder,
     new_id,
     new_run,
@@ -34,7 +35,7 @@ from nibble.jobs.folder import (
     write_json,
     write_run,
 )
-from nibble.jobs.job import Job, read
+from nibble.jobs.job import Job, holder, read
 from nibble.jobs.processes import Lock
 from nibble.tasks import SHORT_NAME
 
@@ -53,7 +54,7 @@ def start(
         spec: what the task reads: text, numbers, lists, mappings; no secrets.
         home: Nibble's home folder.
         exclusive: a device; of the jobs that name it one works and the others wait.
-        queue: whether to wait for the device; False refuses where a live job has it or waits for it.
+        queue: whether to wait for the device; False refuses where it is taken.
 
     Raises:
         JobError: no such task, equal work already lives, the device is taken, or the spec cannot be kept.
@@ -62,9 +63,7 @@ def start(
     with starting(home):
         refuse_twin(run, home)
         if exclusive and not queue:
-            for job in live_jobs(home):
-                if job.exclusive == exclusive:
-                    raise JobError(f"{exclusive} is busy with the job {job.id}.", "Wait for its end, or stop it.")
+            refuse_busy(exclusive, home)
         folder, lock = make_folder(run, home)
         with lock:
             _spawn(folder, lock, Status())
@@ -103,6 +102,19 @@ def refuse_twin(run: Run, home: Path) -> None:
     for job in live_jobs(home):
         if (job.task, job.spec) == (run.task, run.spec):
             raise JobError(f"This very work is already {job.state}: {job.id}.", "Wait for its end, or stop it.")
+
+
+def refuse_busy(exclusive: str, home: Path) -> None:
+    """Refuse a device that work in a console holds, or that a live job holds or waits for.
+
+    Raises:
+        JobError: it is taken; by whom.
+    """
+    names = [job.id for job in live_jobs(home) if job.exclusive == exclusive]
+    if processes.is_held(device_lock(home, exclusive)):
+        names.insert(0, holder(home, exclusive))
+    if names:
+        raise JobError(f"{exclusive} is taken by {names[0]}.", "Wait for its end, or stop it.")
 
 
 def make_folder(run: Run, home: Path) -> tuple[Path, Lock]:

@@ -53,7 +53,7 @@ class LineReport:
             self._kept.progress(done, total, unit, stage)
         new_stage = self._meter.update(done, total, unit, stage)
         pause = TERMINAL_S if self._terminal else FILE_S
-        if new_stage or (total and done >= total) or time.monotonic() - self._shown >= pause:
+        if new_stage or time.monotonic() - self._shown >= pause:
             self._draw()
 
     def metric(self, **numbers: float) -> None:

@@ -114,5 +114,5 @@ class Meter:
             start, first = self._samples[0] if self._samples else (now, latest.done)
         elapsed, gained = now - start, latest.done - first
         speed = gained / elapsed if elapsed >= SAMPLE_S and gained > 0 else 0.0
-        left = (latest.total - latest.done) / speed if speed and latest.total else None
+        left = (latest.total - latest.done) / speed if speed and latest.done < latest.total else None
         return Progress(latest.done, latest.total, latest.unit, latest.stage, speed, left)
