@@ -269,8 +269,9 @@ def test_paths_in_the_list_cannot_leave_the_folder(hubs: Hubs, hub: str, home: P
 def test_a_model_that_would_run_code_is_refused_before_its_weights_come(hubs: Hubs, hub: str, home: Path) -> None:
     config = hubs.root / REPO / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoModel": "modeling_own.M"}}))
-    with pytest.raises(ModelError, match="Python code of its own"):
+    with pytest.raises(ModelError, match="^org__tiny wants to run Python code of its own") as told:
         fetch(home, hub)
+    assert "trust_remote_code: [org__tiny]" in told.value.hint
     assert not [name for name in hubs.sent if name.endswith(".safetensors")]
     trusting = Request(REPO, hubs=(hub,), trusted=("org__tiny",))
     assert "modeling_own.py" in tree(download(trusting, Told(), home))

@@ -195,7 +195,6 @@ def _bring(hub: Hub, request: Request, home: Path, report: Progress, part: Part)
             "Free some space, or set home to a larger disk (--home, NIBBLE_HOME).",
         )
     report.note(f"{request.repo} from {hub.label}: {len(listing.files)} files, {_size(listing.size)}.")
-    trusted = request.target in request.trusted
     counter = _Counter(report, listing.size)
     for weights in (False, True):
         wanted = [file for file in listing.files if file.path.endswith(WEIGHTS) == weights]
@@ -205,17 +204,26 @@ def _bring(hub: Hub, request: Request, home: Path, report: Progress, part: Part)
             _ask(hub, request, lambda: hub.fetch(listing, missing, part.folder, counter.moved), KEPT)  # noqa: B023
         counter.end(sum(file.size for file in wanted))
         part.verify(listing.repo, wanted, report if weights else None)
-        if not request.file:
-            library.check(part.folder, trust_remote_code=trusted, weights=False)
+        _check(part, request, weights=False)
     part.finish(listing)
     try:
-        if not request.file:
-            library.check(part.folder, trust_remote_code=trusted)
+        _check(part, request)
     except ModelError:
         # Whatever no hash vouches for must arrive anew, or each later try would end here again.
         part.drop([file for file in listing.files if not (file.sha256 or file.git)])
         raise
     return listing
+
+
+def _check(part: Part, request: Request, *, weights: bool = True) -> None:
+    """Refuse what cannot or must not be loaded, by the name that the model will have."""
+    if request.file:
+        return
+    try:
+        library.check(part.folder, trust_remote_code=request.target in request.trusted, weights=weights)
+    except ModelError as error:
+        message, hint = (text.replace(part.folder.name, request.target) for text in (error.message, error.hint))
+        raise ModelError(message, hint) from None
 
 
 class _Counter:
