@@ -27,7 +27,7 @@ from fastapi import FastAPI
 import chat
 import finetune_ui
 import models_ui
-from nibble import hosting
+from nibble import hosting, publish
 from nibble.commands.border import guarded, quiet_logs
 from nibble.config import Settings, add_flags, settings_from
 from nibble.doorstep import Doorstep
@@ -247,6 +247,7 @@ def run(settings: Settings) -> None:
     public = hosting.parse_root_path(settings.root_path, settings.port).root_path
     check_model(settings)
     door = listen(settings)
+    publish.clean_all(settings.home_folder / "models")
     config = uvicorn.Config(
         build_server(settings), log_config=None, log_level="warning", access_log=False, ws="none",
         timeout_graceful_shutdown=SHUTDOWN_S, server_header=False,

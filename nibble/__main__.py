@@ -19,6 +19,8 @@ COMMANDS = {
     "ask": "one question, one streamed answer, and how long it took",
     "chat": "a conversation; the line `stop` ends it",
     "models": "the models on this machine",
+    "jobs": "long work: list it, stop it, go on with it, read its log",
+    "download": "a model from Hugging Face or ModelScope",
     "doctor": "what Nibble finds on this machine: libraries, device, memory, settings, proxy",
 }
 """Name -> what it does. Each is a module of nibble.commands, imported only when it is asked for."""

@@ -20,6 +20,9 @@ from nibble.errors import ConfigError
 
 MAX_BYTES = 1_000_000
 
+HUBS = ("huggingface", "hf-mirror", "modelscope")
+"""Where models come from. An address in place of a name is a mirror that speaks Hugging Face's protocol."""
+
 
 def setting(default: Any, prose: str, *, env: str = "") -> Any:
     """A settings field: its default, what it means, and a second environment variable that is honoured."""
@@ -46,6 +49,10 @@ class Settings:
     trust_remote_code: tuple[str, ...] = setting(
         (), "names of models whose own Python code may run; never from the page"
     )
+    hubs: tuple[str, ...] = setting(
+        ("huggingface",),
+        "hubs that a download tries, in this order: huggingface, hf-mirror, modelscope, or a mirror's URL",
+    )
     queue_size: int = setting(256, "requests that may wait; a further one is told that the server is full")
     max_new_tokens_limit: int = setting(4096, "longest answer that a visitor may ask for, in tokens")
 
@@ -56,6 +63,12 @@ class Settings:
             raise ConfigError(f"device is {self.device!r}.", "It must be auto, cpu, xpu or cuda.")
         if self.auth and not all(self.auth.partition(":")):
             raise ConfigError("auth is not of the form user:password.", 'Write it as auth: "user:password".')
+        for hub in self.hubs:
+            if hub not in HUBS and not hub.startswith(("https://", "http://")):
+                raise ConfigError(
+                    f"hubs names {hub!r}.",
+                    f"Hubs are {', '.join(HUBS)}, or a mirror's address that begins with https://.",
+                )
         for name in ("queue_size", "max_new_tokens_limit"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}.", "It must be 1 or more.")

@@ -44,3 +44,7 @@ class DeviceError(NibbleError):
 
 class EngineDied(NibbleError):
     """The worker process that held the model is gone."""
+
+
+class JobError(NibbleError):
+    """A job that cannot be found, started, stopped or resumed."""

@@ -92,13 +92,14 @@ def find(name: str, home: Path, *, paths: bool = False) -> Path:
     )
 
 
-def check(folder: Path, *, trust_remote_code: bool = False, tokenizer: bool = True) -> None:
+def check(folder: Path, *, trust_remote_code: bool = False, tokenizer: bool = True, weights: bool = True) -> None:
     """Refuse a folder that cannot or must not be loaded, before anything in it is loaded.
 
     Args:
         folder: a Hugging Face model folder.
         trust_remote_code: whether the folder's own Python code may run.
         tokenizer: whether a tokenizer must be there too.
+        weights: whether the weights must be there too; a download looks at the rest before it fetches them.
 
     Raises:
         ModelError: the first thing found wrong.
@@ -109,8 +110,9 @@ def check(folder: Path, *, trust_remote_code: bool = False, tokenizer: bool = Tr
         )
     config = read_config(folder)
     _check_code(folder, config, trust_remote_code)
-    for file in weight_files(folder):
-        read_header(file)
+    if weights:
+        for file in weight_files(folder):
+            read_header(file)
     if tokenizer and not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
         raise ModelError(
             f"{folder.name} has no tokenizer.",

@@ -16,7 +16,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ def publication(folder: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
         finally:
             # After an exchange this name holds the old folder, after a failure the unfinished one.
             shutil.rmtree(fresh, ignore_errors=True)
+            clean(folder)
 
 
 def clean(folder: Path) -> None:
@@ -63,6 +64,14 @@ def clean(folder: Path) -> None:
             aside.rename(folder)
     for left in folder.parent.glob(f".{folder.name}.tmp-*"):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def clean_all(parent: Path) -> None:
+    """Remove what killed saves have left anywhere in `parent`, as at a start; saves that are under way are let be."""
+    for lock in parent.glob(".*.lock"):
+        folder = parent / lock.name[1 : -len(".lock")]
+        with suppress(ModelError, OSError), _alone(folder):
+            clean(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -135,20 +144,23 @@ def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def _put(fresh: Path, folder: Path) -> None:
-    if not folder.exists():
-        fresh.rename(folder)
-    elif not _exchange(fresh, folder):
-        # Only where the file system cannot exchange: for an instant there is no folder, never half of one. A kill in
-        # that instant is mended by `clean`.
-        aside = folder.parent / f".{folder.name}.old-{uuid.uuid4().hex}"
-        folder.rename(aside)
-        try:
+    with ExitStack() as undo:
+        if not folder.exists():
             fresh.rename(folder)
-        except OSError:
-            aside.rename(folder)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-    _sync(folder.parent)
+            undo.callback(folder.rename, fresh)
+        elif _exchange(fresh, folder):
+            undo.callback(_exchange, fresh, folder)
+        else:
+            # Only where the file system cannot exchange: for an instant there is no folder, never half of one. A kill
+            # in that instant is mended by `clean`, which also removes the old folder.
+            aside = folder.parent / f".{folder.name}.old-{uuid.uuid4().hex}"
+            folder.rename(aside)
+            undo.callback(aside.rename, folder)
+            fresh.rename(folder)
+            undo.callback(folder.rename, fresh)
+        # What is not known to last has not been saved: the caller is told so, and finds what stood there before.
+        _sync(folder.parent)
+        undo.pop_all()
 
 
 def _exchange(one: Path, other: Path) -> bool:

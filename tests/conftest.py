@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.downloads import hubs
+
+__all__ = ["hubs"]
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 

@@ -19,9 +19,12 @@ INSIDE = {
     "transformers": {"lowbit", "devices", "library", "publish"},
     "prompts": {"prompts", "engines.base"},
     "engines": {"engines", "prompts", "transformers", "lowbit", "devices", "library"},
-    "commands": {"commands", "engines", "library", "devices", "hosting"},
+    "commands": {"commands", "engines", "library", "devices", "hosting", "jobs"},
+    "jobs": {"jobs", "tasks"},
+    "tasks": {"tasks", "jobs", "hub", "transformers", "lowbit", "devices", "library", "publish"},
     "hosting": {"hosting"},
     "library": {"library"},
+    "hub": {"hub", "library", "publish"},
     "devices": {"devices"},
     "publish": {"publish"},
     "chats": {"chats", "engines.base", "publish"},
@@ -31,6 +34,7 @@ INSIDE = {
 TORCH_FREE = (
     "nibble", "nibble.config", "nibble.errors", "nibble.library", "nibble.hosting", "nibble.chats", "nibble.publish",
     "nibble.engines.base", "nibble.engines.worker", "nibble.engines.host", "nibble.lowbit", "nibble.lowbit.formats",
+    "nibble.jobs", "nibble.tasks", "nibble.tasks.download", "nibble.hub", "nibble.commands.download",
 )  # fmt: skip
 
 

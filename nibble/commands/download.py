@@ -1,0 +1,31 @@
+"""`nibble download REPO`: a model from a hub into home/models, in this very process, with one line of progress."""
+
+from __future__ import annotations
+
+import argparse
+
+from nibble.config import HUBS, Settings
+from nibble.jobs import run_foreground
+
+SETTINGS = ["home", "hubs"]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add this command's own flags."""
+    parser.add_argument("repo", metavar="REPO", help="org/name on the hub, or the address of its page there")
+    parser.add_argument("--hub", choices=HUBS, default="", help="ask this hub alone instead of those of the settings")
+    parser.add_argument("--revision", metavar="R", default="", help="branch, tag or commit")
+    parser.add_argument("--name", metavar="N", default="", help="its name here (default: org__name)")
+    parser.add_argument("--file", metavar="F", default="", help="one GGUF file instead of the Hugging Face form")
+
+
+def run(arguments: argparse.Namespace, settings: Settings) -> None:
+    """Download it, and say how to chat with it."""
+    spec = {key: getattr(arguments, key) for key in ("repo", "hub", "revision", "name", "file", "config")}
+    spec |= {"home": str(settings.home_folder), "hubs": list(settings.hubs)}
+    done = run_foreground("download", {key: value for key, value in spec.items() if value}, home=settings.home_folder)
+    print(f"{done['name']}: {done['bytes'] / 1e6:,.1f} MB in {done['folder']}")
+    if arguments.file:
+        print(f"Convert it:     python -m nibble quantize {done['name']} --low-bit {settings.low_bit}")
+    else:
+        print(f'Chat with it:   python -m nibble ask --model {done["name"]} "Hello"')

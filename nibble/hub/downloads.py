@@ -1,0 +1,267 @@
+"""One download, from the question to the folder under its name: look, compare with the disk, fetch, verify, put there.
+
+Promises that the folder under the model's name is whole or as it was, and that what had arrived is kept beside it, in
+`.<name>.part`, until a later try has all of it. Knows the hubs only by `nibble.hub.source.Hub`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from nibble import library
+from nibble.config import HUBS
+from nibble.errors import ModelError
+from nibble.hub.faults import KEPT, Asked, DownloadError, HubUnavailable, explain
+from nibble.hub.huggingface import OFFICIAL, HuggingFace
+from nibble.hub.modelscope import ModelScope
+from nibble.hub.part import Part, alone
+from nibble.hub.source import WEIGHTS, Hub, Listing, Progress, choose
+from nibble.hub.tokens import stored_token
+
+REPO = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]{0,95}/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
+REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,127}")
+SPARE_BYTES = 2**26
+"""Left free on the disk whatever is fetched."""
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to fetch."""
+
+    repo: str
+    """`org/name` on the hub."""
+    hubs: tuple[str, ...] = ("huggingface",)
+    """Tried in this order; a later one only where an earlier cannot answer. Names of `nibble.config.HUBS`, or, from the
+    console and config.yaml only, the address of a mirror of Hugging Face."""
+    revision: str = ""
+    """Branch, tag or commit; empty is the hub's default."""
+    name: str = ""
+    """Under home/models; empty is `default_name`."""
+    file: str = ""
+    """One GGUF file, instead of the model's Hugging Face form."""
+    trusted: tuple[str, ...] = field(default=(), kw_only=True)
+    """Names of models whose own Python code may run, as config.yaml says: it is then fetched too."""
+
+    def __post_init__(self) -> None:
+        if not REPO.fullmatch(self.repo) or ".." in self.repo:
+            raise DownloadError(
+                f"{self.repo!r} is not a model on a hub.", "Write it as the hub does, such as Qwen/Qwen2-1.5B-Instruct."
+            )
+        if self.revision and (not REVISION.fullmatch(self.revision) or ".." in self.revision):
+            raise DownloadError(f"{self.revision!r} is not a revision.", "Name a branch, a tag or a commit.")
+        if not library.NAME.fullmatch(self.target) or self.target == library.GUIDE:
+            raise DownloadError(
+                f"{self.target!r} cannot be the name of a model.",
+                "Use letters, digits, dots, dashes and underscores, up to 128, not a dot first, and not `guide`.",
+            )
+
+    @property
+    def target(self) -> str:
+        """The name under home/models."""
+        return self.name or default_name(self.repo, self.file)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a download would do."""
+
+    name: str
+    hub: str
+    """The hub that answered, for a person."""
+    listing: Listing
+    """The chosen files."""
+    needed: int
+    """Bytes that still have to arrive."""
+    free: int
+    """Bytes free on the disk of home/models."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the disk has room."""
+        return self.needed == 0 or self.needed + SPARE_BYTES <= self.free
+
+
+def default_name(repo: str, file: str = "") -> str:
+    """`org__name`; for one GGUF file `org__<file>`, since a repository holds several."""
+    org, _, name = repo.rpartition("/")
+    stem = Path(file).stem if file else name
+    return f"{org}__{stem}" if org else stem
+
+
+def plan(request: Request, home: Path, report: Progress) -> Plan:
+    """Ask the hub what a download would bring, and the disk whether it has room; fetches nothing.
+
+    Raises:
+        DownloadError: the hub has it not, or cannot answer.
+    """
+    return _first(request, home, report, lambda hub: _plan(hub, request, home))
+
+
+def download(request: Request, report: Progress, home: Path) -> Path:
+    """Fetch a model into home/models/<name>; an existing one of that name is replaced whole, at the end.
+
+    Args:
+        request: what to fetch.
+        report: told the bytes ("B") of the stages `downloading` and `checking`, and lines for a person.
+        home: Nibble's home folder.
+
+    Returns:
+        The model's folder.
+
+    Raises:
+        DownloadError: anything that went wrong, in one sentence; what had arrived is kept for the next try.
+        ModelError: it arrived whole, but cannot or must not be loaded; or another save to that name is under way.
+    """
+    models = home / "models"
+    with _written(models):
+        models.mkdir(parents=True, exist_ok=True)
+        with alone(models, request.target) as part:
+            part.refuse_foreign()
+            listing = _first(request, home, report, lambda hub: _bring(hub, request, home, report, part))
+            part.put_in_place(listing)
+    return models / request.target
+
+
+def open_hub(name: str, home: Path) -> Hub:
+    """The hub of a name.
+
+    Raises:
+        DownloadError: no such hub, or its token file can be read by others.
+    """
+    environ = os.environ
+    if name == "huggingface":
+        return HuggingFace(environ.get("HF_ENDPOINT") or OFFICIAL, stored_token(name, home, environ))
+    if name == "modelscope":
+        return ModelScope(environ.get("MODELSCOPE_ENDPOINT", ""), stored_token(name, home, environ))
+    if name in HUBS or re.match(r"https?://", name):
+        # A mirror that nobody gave the token to (that is HF_ENDPOINT's meaning) must not see it.
+        return HuggingFace("https://hf-mirror.com" if name in HUBS else name, token=False)
+    raise DownloadError(f"There is no hub {name!r}.", f"Hubs: {', '.join(HUBS)}.")
+
+
+def _first(request: Request, home: Path, report: Progress, act: Callable[[Hub], Result]) -> Result:
+    """What the first hub that can answer gives."""
+    for name, following in zip(request.hubs, (*request.hubs[1:], ""), strict=True):
+        try:
+            return act(open_hub(name, home))
+        except HubUnavailable as fault:
+            if not following:
+                raise
+            report.note(f"{fault.message} Trying {following}.")
+    raise DownloadError("No hub is named to download from.", "Set hubs in config.yaml, or use --hub.")
+
+
+def _ask(hub: Hub, request: Request, question: Callable[[], Result], kept: str = "") -> Result:
+    """What a hub's library answers; whatever it raises becomes a sentence, which ends with `kept`."""
+    try:
+        return question()
+    except Exception as error:  # noqa: BLE001 - the border of two libraries that raise what they like
+        fault = explain(error, Asked(hub.label, hub.family, request.repo, request.revision, kept))
+    # Outside the handler, so that what a server said does not hang on it.
+    raise fault
+
+
+def _plan(hub: Hub, request: Request, home: Path) -> Plan:
+    found = _ask(hub, request, lambda: hub.look(request.repo, request.revision))
+    listing = choose(found, request.file, code=request.target in request.trusted)
+    unsized = next((file.path for file in listing.files if file.size < 0), "")
+    if unsized:
+        raise HubUnavailable(f"{hub.label} does not tell the size of {unsized}.", "Try again later, or another hub.")
+    models = home / "models"
+    here = sum(Part(models, request.target).present(file) for file in listing.files)
+    existing = next(folder for folder in (models, *models.parents) if folder.exists())
+    return Plan(request.target, hub.label, listing, listing.size - here, shutil.disk_usage(existing).free)
+
+
+def _bring(hub: Hub, request: Request, home: Path, report: Progress, part: Part) -> Listing:
+    """Everything into the partial folder, verified: the small files first, since they may tell that it is in vain."""
+    listing = _plan(hub, request, home).listing
+    part.begin(listing)
+    needed = listing.size - sum(part.present(file) for file in listing.files)
+    free = shutil.disk_usage(part.folder).free
+    if needed and needed + SPARE_BYTES > free:
+        raise DownloadError(
+            f"{request.repo} needs {_size(needed)} more, and the disk of {home} has {_size(free)} free.",
+            "Free some space, or set home to a larger disk (--home, NIBBLE_HOME).",
+        )
+    report.note(f"{request.repo} from {hub.label}: {len(listing.files)} files, {_size(listing.size)}.")
+    counter = _Counter(report, listing.size)
+    for weights in (False, True):
+        wanted = [file for file in listing.files if file.path.endswith(WEIGHTS) == weights]
+        missing = [file for file in wanted if not part.holds(file)]
+        counter.begin(sum(file.size for file in wanted if part.holds(file)))
+        if missing:
+            _ask(hub, request, lambda: hub.fetch(listing, missing, part.folder, counter.moved), KEPT)  # noqa: B023
+        counter.end(sum(file.size for file in wanted))
+        part.verify(listing.repo, wanted, report if weights else None)
+        _check(part, request, weights=False)
+    part.finish(listing)
+    try:
+        _check(part, request)
+    except ModelError:
+        # Whatever no hash vouches for must arrive anew, or each later try would end here again.
+        part.drop([file for file in listing.files if not (file.sha256 or file.git)])
+        raise
+    return listing
+
+
+def _check(part: Part, request: Request, *, weights: bool = True) -> None:
+    """Refuse what cannot or must not be loaded, by the name that the model will have."""
+    if request.file:
+        return
+    try:
+        library.check(part.folder, trust_remote_code=request.target in request.trusted, weights=weights)
+    except ModelError as error:
+        message, hint = (text.replace(part.folder.name, request.target) for text in (error.message, error.hint))
+        raise ModelError(message, hint) from None
+
+
+class _Counter:
+    """Bytes that have arrived, told by several threads."""
+
+    def __init__(self, report: Progress, total: int) -> None:
+        self._report, self._total = report, total
+        self._mutex = threading.Lock()
+        self._whole = self._done = 0
+
+    def begin(self, here: int) -> None:
+        """A group of files begins, `here` bytes of which lie there already."""
+        self._done = self._whole + here
+        self._tell()
+
+    def moved(self, count: int) -> None:
+        with self._mutex:
+            self._done += count
+            self._tell()
+
+    def end(self, size: int) -> None:
+        """The group is there, `size` bytes of it, however they came."""
+        self._whole += size
+        self._done = self._whole
+        self._tell()
+
+    def _tell(self) -> None:
+        self._report.progress(min(self._done, self._total), self._total, "B", "downloading")
+
+
+@contextlib.contextmanager
+def _written(models: Path) -> Iterator[None]:
+    """The file system's own refusals as sentences."""
+    try:
+        yield
+    except OSError as error:
+        raise explain(error, Asked(str(models), "huggingface", "the model", kept=KEPT)) from None
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

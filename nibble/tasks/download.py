@@ -1,0 +1,83 @@
+"""The task `download`: a model from a hub into home/models.
+
+Promises that nothing of its spec or its result is secret: a token comes from the environment or from home/tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nibble.config import HUBS, Settings, check_keys, load_settings
+from nibble.hub import DownloadError, Progress, Request, download
+
+KEYS = ["repo", "hub", "hubs", "revision", "name", "file", "home", "config", "resume"]
+"""What a spec may say; only `repo` must be there: `org/name`, or the address of its page. Without a `hub`, `hubs` or
+else those of the settings are tried. `hubs`, `home` and `config`, a settings file, are never a visitor's to choose."""
+
+PAGES = {
+    r"huggingface\.co|hf\.co": "huggingface",
+    r"hf-mirror\.com": "hf-mirror",
+    r"(?:www\.)?modelscope\.(?:cn|ai)/models": "modelscope",
+}
+"""Where models have their pages, and whose pages these are."""
+
+LIBRARIES = {
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    # hf_xet would try for six minutes to reach servers that are blocked; plain HTTP takes over after it.
+    "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "4",
+    "HF_XET_CLIENT_RETRY_BASE_DELAY": "1s",
+    "HF_XET_CLIENT_CONNECT_TIMEOUT": "15s",
+    # An hour for a file, the library's own limit, is too short for 5 GB on a slow line.
+    "MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT": "604800",
+}
+"""Environment of the hubs' libraries, read when they are imported; what the person has set stays."""
+
+
+def run(spec: Mapping[str, Any], report: Progress) -> dict[str, Any]:
+    """Download a model.
+
+    Args:
+        spec: see KEYS.
+        report: told bytes, and a line where another hub is tried.
+
+    Returns:
+        `name`, `folder` and `bytes` of the model that is now there.
+
+    Raises:
+        NibbleError: an unknown key, or as `nibble.hub.download`.
+    """
+    check_keys(spec, KEYS, "download")
+    for variable, value in LIBRARIES.items():
+        os.environ.setdefault(variable, value)
+    config = Path(spec["config"]) if spec.get("config") else None
+    settings = load_settings({"home": spec.get("home") or None, "hubs": spec.get("hubs") or None}, config)
+    request = request_from(spec, settings)
+    folder = download(request, report, settings.home_folder)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return {"name": request.target, "folder": str(folder), "bytes": size}
+
+
+def request_from(spec: Mapping[str, Any], settings: Settings) -> Request:
+    """The request that a spec describes.
+
+    Raises:
+        NibbleError: something in it is not what it must be.
+    """
+    text = {key: str(spec.get(key) or "").strip() for key in ("repo", "hub", "revision", "name", "file")}
+    for site, hub in PAGES.items():
+        page = re.fullmatch(rf"https://(?:{site})/([^/?#]+/[^/?#]+)(?:/tree/([^?#]+))?/?(?:[?#].*)?", text["repo"])
+        if page:
+            text |= {"repo": page[1], "hub": text["hub"] or hub, "revision": text["revision"] or page[2] or ""}
+    hub = text.pop("hub")
+    if hub and hub not in HUBS:
+        raise DownloadError(
+            f"There is no hub {hub!r}.", f"Hubs: {', '.join(HUBS)}; a mirror's address goes into config.yaml."
+        )
+    # Which model may bring code of its own is said by config.yaml alone, never by whoever asks for a download.
+    return Request(**text, hubs=(hub,) if hub else settings.hubs, trusted=settings.trust_remote_code)
