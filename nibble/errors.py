@@ -44,3 +44,7 @@ class DeviceError(NibbleError):
 
 class EngineDied(NibbleError):
     """The worker process that held the model is gone."""
+
+
+class DataError(NibbleError):
+    """A data set file that cannot be trained on as it is."""
