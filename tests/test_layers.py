@@ -24,6 +24,7 @@ INSIDE = {
     "library": {"library"},
     "devices": {"devices"},
     "publish": {"publish"},
+    "data": {"data", "prompts", "engines.base"},
     "chats": {"chats", "engines.base", "publish"},
 }
 """Room of nibble -> what it may import from nibble; everything may use `config` and `errors`."""
@@ -31,6 +32,7 @@ INSIDE = {
 TORCH_FREE = (
     "nibble", "nibble.config", "nibble.errors", "nibble.library", "nibble.hosting", "nibble.chats", "nibble.publish",
     "nibble.engines.base", "nibble.engines.worker", "nibble.engines.host", "nibble.lowbit", "nibble.lowbit.formats",
+    "nibble.data", "nibble.data.render",
 )  # fmt: skip
 
 

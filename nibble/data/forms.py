@@ -109,10 +109,11 @@ def detect(records: Sequence[Record], mapping: ColumnMap | None = None) -> Detec
         raise DataError(f"No form takes the fields {', '.join(mapping.columns)} together.", f"Map fields: {fields}.")
     if not any(set(form.needs) <= mapping.columns.keys() for form in forms):
         refuse_preference(found)
-    for form in forms:
-        columns = needed_columns(form, rows[0], mapping)
-        if columns:
-            return _detection(form, columns, found, mapping)
+    for row in rows:
+        for form in forms:
+            columns = needed_columns(form, row, mapping)
+            if columns:
+                return _detection(form, columns, found, mapping)
     raise _no_form(rows[0], found, mapping)
 
 
@@ -164,7 +165,7 @@ def needed_columns(form: Form, row: Mapping[str, Any], mapping: ColumnMap) -> di
         }
         if all(column in row for column in candidate.values()):
             return candidate
-    texts = [column for column, value in row.items() if isinstance(value, str)]
+    texts = [column for column, value in row.items() if isinstance(value, str) and column not in CHAT_COLUMNS]
     if form.name == "text" and len(texts) == 1:
         return {"text": texts[0]}
     return {}
@@ -211,8 +212,13 @@ def _no_form(row: Mapping[str, Any], found: tuple[str, ...], mapping: ColumnMap)
             f"The columns of {mapping.form} ({', '.join(FORMS[mapping.form].needs)}) are not there; found: {names}.",
             f"Map them, for example {FORMS[mapping.form].needs[0]}={found[0]}.",
         )
-    deep = next((column for column, value in row.items() if isinstance(value, list | dict) and value), None)
-    if deep and all(isinstance(value, list | dict) for value in row.values()):
+    chat = next((column for column in CHAT_COLUMNS if column in row), None)
+    if chat:
+        return DataError(
+            f"Column {chat!r} of the first row holds no list of messages with role and content, or from and value.",
+            "Write each row's messages as a list of such objects.",
+        )
+    if all(isinstance(value, list | dict) and value for value in row.values()):
         return DataError(
             f"The columns ({names}) hold lists or objects: the file is written by columns, not by rows.",
             'Save it by rows; in pandas: to_json(path, orient="records", lines=True).',

@@ -57,7 +57,7 @@ def _missing(row: Mapping[str, Any], detection: Detection, column: str) -> RowFa
     for form in () if detection.given else FORMS.values():
         if form.name != detection.form and needed_columns(form, row, ColumnMap()):
             return RowFault(
-                "mixed", f"is in the form {form.name}, the first row in {detection.form}", "Save one form a file."
+                "mixed", f"is in the form {form.name}, the others in {detection.form}", "Save one form a file."
             )
     names = ", ".join(repr(name) for name in row)
     return RowFault("missing", f"has no column {column!r} (it has {names})", "Add it, or map another column.")
@@ -134,7 +134,7 @@ def _message(message: Any, place: int, detection: Detection) -> Message:
     if speaker not in message:
         other = next((name for name, keys in KEYS.items() if keys[0] in message), None)
         if other:
-            what = f"is in the form {other} (message {place}), the first row in {detection.form}"
+            what = f"is in the form {other} (message {place}), the others in {detection.form}"
             raise RowFault("mixed", what, "Save one form a file.")
         raise RowFault("missing", f"has a message {place} without {speaker!r}", "Write who speaks in each message.")
     name, content = message[speaker], message.get(text)
@@ -157,10 +157,10 @@ def _content(content: Any, key: str, place: int) -> str:
         raise RowFault("type", f"has {kind} as {key!r} of message {place}, where text must stand", "Write it as text.")
     pieces = []
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(part, dict) or kind not in ("text", None) or not isinstance(part.get("text"), str):
+        sort = part.get("type", "text") if isinstance(part, dict) else None
+        if sort != "text" or not isinstance(part.get("text"), str):
             raise RowFault(
-                "parts", f"has a part of type {kind!r} in message {place}", "Only parts of type 'text' are trained."
+                "parts", f"has a part of type {sort!r} in message {place}", "Only parts of type 'text' are trained."
             )
         pieces.append(part["text"])
     return "".join(pieces)
