@@ -138,9 +138,10 @@ def _message(message: Any, place: int, detection: Detection) -> Message:
             raise RowFault("mixed", what, "Save one form a file.")
         raise RowFault("missing", f"has a message {place} without {speaker!r}", "Write who speaks in each message.")
     name, content = message[speaker], message.get(text)
-    if name in TOOLS or message.get("tool_calls") or message.get("function_call"):
+    called = name.strip().lower() if isinstance(name, str) else ""
+    if called in TOOLS or message.get("tool_calls") or message.get("function_call"):
         raise RowFault("tools", f"calls a tool in message {place}", "Tool calls are not trained: leave such rows out.")
-    role = ROLES.get(name) if isinstance(name, str) else None
+    role = ROLES.get(called)
     if role is None:
         raise RowFault("roles", f"has the unknown role {name!r} in message {place}", f"Roles: {', '.join(ROLES)}.")
     return _turn(role, _content(content, text, place))
@@ -168,10 +169,10 @@ def _content(content: Any, key: str, place: int) -> str:
 
 def _checked(number: int, turns: list[Message]) -> Row:
     """A conversation in the order that every template takes, ending with an answer."""
-    notes = []
-    cleaned = [_turn(turn["role"], BAD_CHARACTERS.sub("", turn["content"])) for turn in turns]
-    if cleaned != turns:
+    notes, cleaned = [], turns
+    if any(BAD_CHARACTERS.search(turn["content"]) for turn in turns):
         notes.append("characters")
+        cleaned = [_turn(turn["role"], BAD_CHARACTERS.sub("", turn["content"])) for turn in turns]
     if cleaned[0]["role"] == "system" and not cleaned[0]["content"].strip():
         cleaned = cleaned[1:]
     if not any(turn["role"] == "assistant" for turn in cleaned):
@@ -189,7 +190,7 @@ def _checked(number: int, turns: list[Message]) -> Row:
             column = "question" if wanted == "user" else "answer"
             raise RowFault("empty", f"has an empty {column} (message {place + offset + 1})", "Leave the row out.")
     if cleaned[-1]["role"] == "user":
-        cleaned.pop()
+        cleaned = cleaned[:-1]
         notes.append("unanswered")
     return Row(number, messages=tuple(cleaned), notes=tuple(notes))
 
