@@ -28,8 +28,8 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 PROBE: tuple[Message, ...] = ({"role": "user", "content": "x"},)
 
 REWRITES = (
-    "The chat template writes an earlier answer otherwise than the last one; of conversations with several answers "
-    "only the last is trained."
+    "The chat template writes an answer otherwise once the conversation goes on; of a conversation with several "
+    "answers only the last is trained."
 )
 OPENS_OTHERWISE = "The chat template opens an answer otherwise while training than while chatting."
 NO_END = (
@@ -120,12 +120,13 @@ class Encoder:
             if message["role"] != "assistant":
                 continue
             prompt = self._ids(messages[:place], opens=True)
-            whole = self._closed(messages[: place + 1])
+            whole = self._closed(messages[: place + 1], prompt)
             if whole[: len(ids)] != ids:
                 spans = []
                 self._note(REWRITES)
+            # A token that melts the prompt's last letters with the answer's first is trained with the answer.
             start = _common(prompt, whole)
-            if start < len(prompt) - self._end().opening:
+            if start < len(prompt) and not self._text_of(whole).startswith(self._text_of(prompt)):
                 self._note(OPENS_OTHERWISE)
             spans.append((start, len(whole)))
             ids = whole
@@ -137,9 +138,18 @@ class Encoder:
     def _ids(self, messages: Sequence[Message], *, opens: bool) -> list[int]:
         return self.template.encode(self.tokenizer, messages, opens=opens)
 
-    def _closed(self, messages: Sequence[Message]) -> list[int]:
+    def _text_of(self, ids: list[int]) -> str:
+        return _decode(self.tokenizer, ids)
+
+    def _closed(self, messages: Sequence[Message], prompt: list[int]) -> list[int]:
         """The ids of a conversation up to and with the token that ends its last answer."""
-        ids, end = self._ids(messages, opens=False), self._end()
+        end = self._end()
+        if self.template.continues:
+            # Nothing stands between prompt and answer: tokenised together they could melt into other tokens than
+            # the prompt that the chat goes on from.
+            answer = messages[-1]["content"]
+            return [*prompt, *self.tokenizer(answer, add_special_tokens=False, split_special_tokens=True)["input_ids"]]
+        ids = self._ids(messages, opens=False)
         tail = end.tail
         if tail and ids[-len(tail) :] == tail:
             ids = ids[: -len(tail)]
@@ -161,17 +171,16 @@ class Encoder:
             self._ids([*PROBE, {"role": "assistant", "content": answer}], opens=False) for answer in ("A", "0")
         )
         tail = first[len(first) - _common(first[::-1], second[::-1]) :]
-        opening = len(self._ids(PROBE, opens=True)) - len(self._ids(PROBE, opens=False))
         # Control tokens never melt into the text before them, so the cut is exact from the first one on.
         before = sum(1 for _ in takewhile(lambda token: token not in self._control, tail))
         if before == len(tail):
-            return _Ending(tail, None, opening)
+            return _Ending(tail, None)
         token: int | None = tail[before]
         stops = {*self.template.stops, self.tokenizer.eos_token_id}
         if self.template.name != OWN and token not in stops:
             # Our forms open the next answer after the last one: what stands here is not what ends a turn.
             token = self.template.stops[0] if self.template.stops else None
-        return _Ending(tail[before:], token, opening)
+        return _Ending(tail[before:], token)
 
     def _once(self, ids: list[int], spans: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
         """Without a second beginning-of-text token, which a text may bring that was written for another tool."""
@@ -192,8 +201,6 @@ class _Ending:
     """What follows the answer's text, from the control token on where there is one."""
     token: int | None
     """The token that ends the turn."""
-    opening: int
-    """Tokens that open an answer."""
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
