@@ -109,6 +109,11 @@ def detect(records: Sequence[Record], mapping: ColumnMap | None = None) -> Detec
         raise DataError(f"No form takes the fields {', '.join(mapping.columns)} together.", f"Map fields: {fields}.")
     if not any(set(form.needs) <= mapping.columns.keys() for form in forms):
         refuse_preference(found)
+    if len(rows) == 1 and _by_columns(rows[0]):
+        raise DataError(
+            f"The columns ({', '.join(found)}) hold lists or objects: the file is written by columns, not by rows.",
+            'Save it by rows; in pandas: to_json(path, orient="records", lines=True).',
+        )
     for row in rows:
         for form in forms:
             columns = needed_columns(form, row, mapping)
@@ -128,6 +133,12 @@ def _check_map(mapping: ColumnMap, found: tuple[str, ...]) -> None:
 
 def _takes(form: Form, mapping: ColumnMap) -> bool:
     return mapping.columns.keys() <= {*form.needs, *form.may}
+
+
+def _by_columns(row: Mapping[str, Any]) -> bool:
+    """Whether a file's only row holds whole columns, as pandas writes them by default."""
+    chat = any(_chat_column(form, row) for form in KEYS)
+    return not chat and all(isinstance(value, list | dict) and value for value in row.values())
 
 
 def refuse_preference(columns: Sequence[str]) -> None:
@@ -217,11 +228,6 @@ def _no_form(row: Mapping[str, Any], found: tuple[str, ...], mapping: ColumnMap)
         return DataError(
             f"Column {chat!r} of the first row holds no list of messages with role and content, or from and value.",
             "Write each row's messages as a list of such objects.",
-        )
-    if all(isinstance(value, list | dict) and value for value in row.values()):
-        return DataError(
-            f"The columns ({names}) hold lists or objects: the file is written by columns, not by rows.",
-            'Save it by rows; in pandas: to_json(path, orient="records", lines=True).',
         )
     return DataError(
         f"No form fits the columns of the first row ({', '.join(row)}); needed: text, or instruction and output, "

@@ -81,7 +81,7 @@ def _json_or_lines(path: Path, named: str) -> str:
         first = json.loads(lines[0])
     except (ValueError, RecursionError):
         first = None
-    if len(lines) > 1 and isinstance(first, dict | list):
+    if isinstance(first, dict | list) and len(lines) > 1 and lines[1].lstrip().startswith(("{", "[")):
         return "jsonl"
     return "json" if lines[0].lstrip().startswith("[") else named
 
@@ -100,7 +100,8 @@ def _parse_line(number: int, line: str, final: bool) -> Record:
     try:
         return Record(number, json.loads(line))
     except json.JSONDecodeError as error:
-        cut = final and (error.pos >= len(line) - 1 or error.msg.startswith("Unterminated"))
+        ends = error.pos >= len(line) - 1 and not error.msg.startswith("Extra data")
+        cut = final and (ends or error.msg.startswith("Unterminated"))
         if cut:
             fault = Fault("malformed", "is cut short: the file ends in the middle of it", "Get the whole file again.")
         else:

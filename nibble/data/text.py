@@ -110,17 +110,15 @@ def read_text(path: Path) -> Iterator[str]:
             if decoder is None:
                 codec = next((codec for mark, codec in BOMS if data.startswith(mark)), "utf-8")
                 decoder = codecs.getincrementaldecoder(codec)()
+            if codec.startswith("utf-8") and b"\0" in data:
+                raise _nul(path, line + data.count(b"\n", 0, data.index(b"\0")))
             try:
                 text = decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
                 line += error.object[: error.start].decode(error.encoding, "ignore").count("\n")
                 raise _not_text(path, line, error, codec) from None
             if "\0" in text:
-                line += text.count("\n", 0, text.index("\0"))
-                raise DataError(
-                    f"Line {line} of {path.name} holds a NUL byte: the file is binary, or UTF-16 without its mark.",
-                    "Save it as UTF-8 text.",
-                )
+                raise _nul(path, line + text.count("\n", 0, text.index("\0")))
             yield text
             line += text.count("\n")
             if not data:
@@ -157,6 +155,13 @@ def too_long(path: Path, where: str) -> DataError:
     )
 
 
+def _nul(path: Path, line: int) -> DataError:
+    return DataError(
+        f"Line {line} of {path.name} holds a NUL byte: the file is binary, or UTF-16 without its mark.",
+        "Save it as UTF-8 text.",
+    )
+
+
 def _not_text(path: Path, line: int, error: UnicodeDecodeError, codec: str) -> DataError:
     if error.reason in ("unexpected end of data", "truncated data"):
         return DataError(
@@ -164,7 +169,9 @@ def _not_text(path: Path, line: int, error: UnicodeDecodeError, codec: str) -> D
         )
     if codec != "utf-8":
         return DataError(f"Line {line} of {path.name} is not valid {codec.upper()}.", "Save the file as UTF-8.")
-    name = _guess(error.object)
+    # The other lines may be sound: only this one tells.
+    start = error.object.rfind(b"\n", 0, error.start) + 1
+    name = _guess(error.object[start:].split(b"\n", 1)[0])
     if not name:
         return DataError(f"Line {line} of {path.name} is not text in UTF-8.", "Save the file as UTF-8.")
     return DataError(
