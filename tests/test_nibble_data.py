@@ -27,6 +27,7 @@ FORMS = {
     "alpaca": {"instruction": QUESTION, "input": "", "output": ANSWER},
     "dolly": {"instruction": QUESTION, "context": "", "response": ANSWER, "category": "open_qa"},
     "prompt": {"prompt": QUESTION, "completion": ANSWER},
+    "lists of messages": {"prompt": TURNS[:1], "completion": TURNS[1:]},
     "gsm8k": {"question": QUESTION, "answer": ANSWER},
 }
 """The same question and answer in every form."""
@@ -58,6 +59,8 @@ WRITERS: dict[str, Callable[[Path, list[Any]], Path]] = {"jsonl": save_jsonl, "j
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_becomes_the_same_conversation(form: str, kind: str, tmp_path: Path) -> None:
+    if (form, kind) == ("lists of messages", "csv"):
+        pytest.skip("a prompt that reads like JSON is text in CSV")
     path = WRITERS[kind](tmp_path / f"set.{kind}", [FORMS[form]] * 2)
     assert [list(row.messages) for row in rows(path)] == [TURNS, TURNS]
     report = check(path)
@@ -214,6 +217,36 @@ def test_any_bytes_give_a_report(content: bytes, suffix: str, tmp_path_factory: 
     if not report.ok:
         with pytest.raises(DataError):
             report.require()
+
+
+names = st.sampled_from(["role", "content", "from", "value", "type", "text", "weight", "tool_calls"])
+words = st.sampled_from(["user", "assistant", "human", "gpt", "system", "tool", "text", "", " ", "[", '[{"role": 1}]'])
+values = st.recursive(
+    words | st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
+    max_leaves=12,
+)
+columns = st.sampled_from(
+    ["text", "quote", "messages", "conversations", "instruction", "input", "output", "system", "history", "prompt",
+     "completion", "question", "answer", "chosen", "rejected", "label"]
+)  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(table=st.lists(st.dictionaries(columns, values, max_size=5) | values, min_size=1, max_size=5))
+def test_any_rows_give_a_report(table: list[Any], tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("rows") / "set.jsonl"
+    path.write_text("\n".join(json.dumps(value) for value in table))
+    report, mild = check(path), check(path, ColumnMap(leave_out=True))
+    assert report.usable or not report.ok
+    assert not report.ok or len(list(rows(path))) == report.usable
+    if mild.ok:
+        made = list(rows(path, ColumnMap(leave_out=True)))
+        assert len(made) == mild.usable > 0
+        for row in made:
+            spoken = [turn["role"] for turn in row.messages if turn["role"] != "system"]
+            assert bool(row.text) != bool(row.messages)
+            assert spoken == ["user", "assistant"] * (len(spoken) // 2)
 
 
 SHIPPED_ROWS = {"quotes": 400, "instructions": 200}

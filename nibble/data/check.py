@@ -92,19 +92,26 @@ class Report:
     def sentences(self) -> list[str]:
         """The report in plain words: what it is, how much, then each problem, the fatal ones first."""
         lines = [self.detection.why] if self.detection else []
-        part = "" if self.complete else "the first "
-        lines.append(
-            f"{self.path.name}: {part}{self.rows:,} rows, {self.usable:,} to train on, {self.characters:,} characters."
-        )
-        if self.tokens is not None and self.usable:
+        if self.rows:
+            part = "" if self.complete else "the first "
             lines.append(
-                f"{self.tokens:,} tokens, {self.trained_tokens:,} of them trained; "
-                f"{self.truncated:,} rows ({self.truncated / self.usable:.1%}) are truncated."
+                f"{self.path.name}: {part}{_many(self.rows, 'row')}, {self.usable:,} to train on, "
+                f"{_many(self.characters, 'character')}."
+            )
+        if self.tokens is not None and self.usable:
+            share = self.truncated / self.usable
+            lines.append(
+                f"{_many(self.tokens, 'token')}, {self.trained_tokens:,} trained; "
+                f"{_many(self.truncated, 'row')} ({share:.1%}) truncated."
             )
         ordered = sorted(self.problems, key=lambda problem: not problem.fatal)
         return lines + [
             f"{'Refused' if problem.fatal else 'Note'}: {problem.sentence(self.unit)}" for problem in ordered
         ]
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 Encode = Callable[[Row], Sample]
@@ -251,7 +258,7 @@ def _judge(report: Report, seen: _Seen) -> None:
         report.problems.append(Problem("nothing", f"{name} has no row to train on.{reason}", hint, fatal=True))
     elif report.ok and report.truncated == report.usable:
         first = next(problem for problem in report.problems if problem.kind == "long")
-        message = f"All {report.usable:,} rows of {name} are too long. {first.message}"
+        message = f"Every row of {name} is too long. {first.message}"
         report.problems.append(Problem("all long", message, first.hint, fatal=True))
     if seen.full:
         message = f"Repeated rows were looked for among the first {seen.count:,} only."

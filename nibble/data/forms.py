@@ -137,7 +137,7 @@ def _takes(form: Form, mapping: ColumnMap) -> bool:
 
 def _by_columns(row: Mapping[str, Any]) -> bool:
     """Whether a file's only row holds whole columns, as pandas writes them by default."""
-    chat = any(_chat_column(form, row) for form in KEYS)
+    chat = any(_chat_column(form, row) for form in KEYS)  # then its lists are messages
     return not chat and all(isinstance(value, list | dict) and value for value in row.values())
 
 
@@ -168,7 +168,8 @@ def needed_columns(form: Form, row: Mapping[str, Any], mapping: ColumnMap) -> di
     if set(form.needs) <= given.keys():
         return {name: given[name] for name in form.needs}
     if form.name in KEYS:
-        column = _chat_column(form.name, row)
+        # TRL's prompt and completion may each be a list of messages: the form `prompt` joins them.
+        column = "" if {"prompt", "completion"} <= row.keys() else _chat_column(form.name, row)
         return {form.needs[0]: column} if column else {}
     for columns in form.columns:
         candidate = dict(zip(form.needs, columns, strict=True)) | {

@@ -92,6 +92,9 @@ def _from_text(row: Mapping[str, Any], detection: Detection) -> str:
 
 def _from_pair(row: Mapping[str, Any], detection: Detection) -> list[Message]:
     asked, told = FORMS[detection.form].needs
+    parts = row[detection.columns[asked]], row[detection.columns[told]]
+    if all(isinstance(part, list) and part for part in parts):
+        return [_message(each, place, "messages") for place, each in enumerate(parts[0] + parts[1], 1)]
     question = _text(row, detection.columns[asked])
     more = _optional(row, detection, "input")
     if more.strip():
@@ -123,18 +126,18 @@ def _from_messages(row: Mapping[str, Any], detection: Detection) -> list[Message
         raise RowFault("type", f"has {kind} in column {column!r}, where a list of messages must stand", "Write a list.")
     if not messages:
         raise RowFault("empty", f"has no messages in column {column!r}", "Leave the row out.")
-    turns = [_message(each, place, detection) for place, each in enumerate(messages, 1)]
+    turns = [_message(each, place, detection.form) for place, each in enumerate(messages, 1)]
     return turns if turns[0]["role"] == "system" else _with_system(row, detection, turns)
 
 
-def _message(message: Any, place: int, detection: Detection) -> Message:
-    speaker, text = KEYS[detection.form]
+def _message(message: Any, place: int, form: str) -> Message:
+    speaker, text = KEYS[form]
     if not isinstance(message, dict):
         raise RowFault("type", f"has a message {place} that is no object", f"Write {speaker} and {text} in each.")
     if speaker not in message:
         other = next((name for name, keys in KEYS.items() if keys[0] in message), None)
         if other:
-            what = f"is in the form {other} (message {place}), the others in {detection.form}"
+            what = f"is in the form {other} (message {place}), the others in {form}"
             raise RowFault("mixed", what, "Save one form a file.")
         raise RowFault("missing", f"has a message {place} without {speaker!r}", "Write who speaks in each message.")
     name, content = message[speaker], message.get(text)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nibble.data.rows import Fault, Record
-from nibble.data.text import MAX_ROW, check_plain, check_signature, read_lines, read_text, too_long
+from nibble.data.text import CHUNK, MAX_ROW, check_plain, check_signature, read_lines, read_text, too_long
 from nibble.errors import DataError
 
 SUFFIXES = {
@@ -304,13 +304,14 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         ) from None
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches(batch_size=256):
+        # Its defaults read a whole row group at once: 320 MB for a file of 183 MB, against 137 MB so.
+        with pyarrow.parquet.ParquetFile(path, buffer_size=CHUNK, pre_buffer=False) as table:
+            for batch in table.iter_batches(batch_size=256, use_threads=False):
                 for value in batch.to_pylist():
                     number += 1
                     yield Record(number, value)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise DataError(
             f"{path.name} cannot be read after row {number}: {reason}.", "Write or download it again."
         ) from None
