@@ -32,7 +32,7 @@ INSIDE = {
 TORCH_FREE = (
     "nibble", "nibble.config", "nibble.errors", "nibble.library", "nibble.hosting", "nibble.chats", "nibble.publish",
     "nibble.engines.base", "nibble.engines.worker", "nibble.engines.host", "nibble.lowbit", "nibble.lowbit.formats",
-    "nibble.data", "nibble.data.render",
+    "nibble.data", "nibble.data.preview",
 )  # fmt: skip
 
 

@@ -232,7 +232,7 @@ columns = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(table=st.lists(st.dictionaries(columns, values, max_size=5) | values, min_size=1, max_size=5))
 def test_any_rows_give_a_report(table: list[Any], tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("rows") / "set.jsonl"

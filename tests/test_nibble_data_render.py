@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nibble.data import ColumnMap, Row, check, find
-from nibble.data.render import NO_END, REWRITES, Encoder, padding_id, preview, samples
+from nibble.data.preview import preview
+from nibble.data.render import NO_END, REWRITES, Encoder, padding_id, samples
 from nibble.engines.base import Message
 from nibble.errors import DataError
 from nibble.prompts.templates import FORMS as PROMPT_FORMS

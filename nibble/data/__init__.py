@@ -1,7 +1,7 @@
 """Data sets for training: a file checked, its form told, its rows mapped, and what is trained shown before it starts.
 
 Promises never to import torch, flat memory for files of any length, and one sentence for whatever is wrong. What needs
-a tokenizer is in `nibble.data.render`, which is handed one. Knows nothing of training.
+a tokenizer is in `nibble.data.render` and `.preview`, which are handed one. Knows nothing of training.
 """
 
 from nibble.data.check import Problem, Report, check, rows
