@@ -48,3 +48,7 @@ class EngineDied(NibbleError):
 
 class JobError(NibbleError):
     """A job that cannot be found, started, stopped or resumed."""
+
+
+class DataError(NibbleError):
+    """A data set file that cannot be trained on as it is."""

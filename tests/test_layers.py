@@ -27,6 +27,7 @@ INSIDE = {
     "hub": {"hub", "library", "publish"},
     "devices": {"devices"},
     "publish": {"publish"},
+    "data": {"data", "prompts", "engines.base"},
     "chats": {"chats", "engines.base", "publish"},
 }
 """Room of nibble -> what it may import from nibble; everything may use `config` and `errors`."""
@@ -35,6 +36,7 @@ TORCH_FREE = (
     "nibble", "nibble.config", "nibble.errors", "nibble.library", "nibble.hosting", "nibble.chats", "nibble.publish",
     "nibble.engines.base", "nibble.engines.worker", "nibble.engines.host", "nibble.lowbit", "nibble.lowbit.formats",
     "nibble.jobs", "nibble.tasks", "nibble.tasks.download", "nibble.hub", "nibble.commands.download",
+    "nibble.data", "nibble.data.preview",
 )  # fmt: skip
 
 

@@ -138,8 +138,14 @@ class Template:
         """Whether an answer goes on with the prompt's own text, so that its leading space belongs to it."""
         return self.name == "plain"
 
-    def encode(self, tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    def encode(self, tokenizer: Any, messages: Sequence[Message], *, opens: bool = True) -> list[int]:
         """The token ids of a conversation's prompt, up to where the answer begins.
+
+        Args:
+            tokenizer: of transformers.
+            messages: one system prompt at most, then user and assistant in turns.
+            opens: whether the words that open an answer follow. False leaves them out where the template knows how,
+                which ours do not.
 
         Raises:
             NibbleError: the template refuses this conversation.
@@ -147,7 +153,7 @@ class Template:
         try:
             encoding = tokenizer.apply_chat_template(
                 [dict(message) for message in (messages if self.takes_system else _fold_system(messages))],
-                chat_template=self.jinja, add_generation_prompt=True, return_dict=True, sanitize_control_tokens=True,
+                chat_template=self.jinja, add_generation_prompt=opens, return_dict=True, sanitize_control_tokens=True,
             )  # fmt: skip
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, OverflowError) as error:
             raise NibbleError(
