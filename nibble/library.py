@@ -108,7 +108,7 @@ def check(folder: Path, *, trust_remote_code: bool = False, tokenizer: bool = Tr
             f"There is no folder {folder}.", "Name a folder that holds config.json and safetensors weights."
         )
     config = read_config(folder)
-    _check_code(folder, config, trust_remote_code)
+    check_code(folder, config, trusted=trust_remote_code)
     for file in weight_files(folder):
         read_header(file)
     if tokenizer and not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
@@ -118,7 +118,12 @@ def check(folder: Path, *, trust_remote_code: bool = False, tokenizer: bool = Tr
         )
 
 
-def _check_code(folder: Path, config: dict[str, Any], trusted: bool) -> None:
+def check_code(folder: Path, config: dict[str, Any], *, trusted: bool) -> None:
+    """Refuse a folder whose config would make a library run code, unless its maker is trusted.
+
+    Raises:
+        ModelError: what would run.
+    """
     hidden = [key for key in config if key.startswith("_attn_implementation") or key == "trust_remote_code"]
     if hidden:
         raise ModelError(
