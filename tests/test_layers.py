@@ -18,7 +18,11 @@ INSIDE = {
     "lowbit": {"lowbit", "devices", "publish"},
     "transformers": {"lowbit", "devices", "library", "publish"},
     "prompts": {"prompts", "engines.base"},
-    "engines": {"engines", "prompts", "transformers", "lowbit", "devices", "library"},
+    "engines": {"engines", "prompts", "transformers", "lowbit", "devices", "library", "bigdl.folders"},
+    "bigdl": {
+        "bigdl", "engines.base", "engines.child", "engines.text", "engines.threaded", "prompts", "transformers",
+        "lowbit", "devices", "library", "publish",
+    },
     "commands": {"commands", "engines", "library", "devices", "hosting"},
     "hosting": {"hosting"},
     "library": {"library"},
@@ -30,7 +34,8 @@ INSIDE = {
 
 TORCH_FREE = (
     "nibble", "nibble.config", "nibble.errors", "nibble.library", "nibble.hosting", "nibble.chats", "nibble.publish",
-    "nibble.engines.base", "nibble.engines.worker", "nibble.engines.host", "nibble.lowbit", "nibble.lowbit.formats",
+    "nibble.engines.base", "nibble.engines.worker", "nibble.engines.host", "nibble.engines.bigdl", "nibble.bigdl.folders", "nibble.bigdl.older_folder",
+    "nibble.lowbit", "nibble.lowbit.formats",
 )  # fmt: skip
 
 

@@ -1,11 +1,11 @@
 """Weights as BigDL-LLM and IPEX-LLM store them, into ours.
 
-A packed weight there is a flat buffer: row after row, in blocks of 64 weights, each block its scale and then its codes, as
-in ggml but for the size of the block. Read off the library's own output (ipex-llm 2.2.0, bigdl-llm 2.4.0).
+A packed weight there is a flat buffer: row after row, in blocks of 64 weights, each block its scale and then its codes,
+as in ggml but for the size of the block. Read off the library's own output (ipex-llm 2.2.0).
 
-Promises the same codes, and the same values bit for bit, but for two formats: a scale of `sym_int8` is float32 there and
-is rounded to float16, and `fp8_e4m3`, which has a scale for each block there, is quantized anew with one a row. Knows
-nothing of folders and models.
+Promises the same codes, and the same values bit for bit, but for two formats: a scale of `sym_int8` is float32 there
+and is rounded to float16, and `fp8_e4m3`, which has a scale for each block there, is quantized anew with one a row.
+Knows nothing of folders and models.
 
     sym_int4    float16 scale                        32 bytes: weight i low, weight i + 32 high
     asym_int4   float16 scale, float16 minimum       the same

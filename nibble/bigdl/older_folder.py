@@ -1,8 +1,8 @@
 """A copy of a model folder that transformers 4.37 reads as transformers 5 meant it.
 
-transformers 5 writes `rope_parameters` where 4 reads `rope_theta` and `rope_scaling`: 4 would take its own default base in
-silence and the model would talk nonsense. It also writes `dtype`, other tokenizer classes, the chat template as a file,
-and a tokenizer.json that tokenizers 0.15 cannot parse.
+transformers 5 writes `rope_parameters` where 4 reads `rope_theta` and `rope_scaling`: 4 would take its own default base
+in silence and the model would talk nonsense. It also writes `dtype`, other tokenizer classes, the chat template as a
+file, and a tokenizer.json that tokenizers 0.15 cannot parse.
 
 Promises that the original is not touched, that weights are linked and not copied, and that what 4.37 cannot express is
 refused with a sentence. Uses the standard library alone, so that any interpreter can run it. Knows nothing of engines.

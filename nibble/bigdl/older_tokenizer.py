@@ -1,7 +1,7 @@
 """A tokenizer of transformers 4, with the few methods of transformers 5 that `nibble.prompts` asks for.
 
-Promises that templates are rendered in a sandbox as transformers 5 renders them, and that text written by a person never
-becomes a special token. Uses what transformers 4.31 and later have alike. Knows nothing of models.
+Promises that templates are rendered in a sandbox as transformers 5 renders them, and that text written by a person
+never becomes a special token. Uses what transformers 4.31 and later have alike. Knows nothing of models.
 """
 
 from __future__ import annotations
