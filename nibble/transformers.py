@@ -282,7 +282,7 @@ def _stored_format(folder: Path, config: dict[str, Any]) -> str:
     if "bigdl_transformers_low_bit" in config:
         raise ModelError(
             f"{folder.name} was saved by IPEX-LLM or BigDL-LLM, whose files hold pickles.",
-            "Quantize its full-precision original here.",
+            "Convert it with nibble.bigdl.convert.convert(folder, out), or quantize its full-precision original.",
         )
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method is None:

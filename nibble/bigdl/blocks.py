@@ -13,7 +13,7 @@ Knows nothing of folders and models.
     asym_int5   float16 scale, float16 minimum       the same
     sym_int8    float32 scale                        64 bytes
     nf4         float16 scale                        32 bytes: weight i high, weight i + 32 low
-    fp4         float16 scale (a sixth of the max.)  as sym_int4; an E2M1 number each
+    fp4         float16 scale (a sixth of the max.)  as sym_int4; an E2M1 number each, kept as sym_int5
     fp8_e5m2    float32 one                          64 bytes
     fp8_e4m3    float32 scale, 256 for 1             64 bytes
 """
@@ -32,6 +32,9 @@ from nibble.lowbit.formats import FORMATS
 BLOCK = 64
 """Weights that share a scale there, in every format."""
 
+ROUNDED = frozenset({"sym_int8", "fp8_e4m3"})
+"""Formats of ours in which what comes from there is not the same bit for bit."""
+
 E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 """Code of fp4 -> twice the number it stands for. All of these are codes of `sym_int5` too."""
 
@@ -44,10 +47,6 @@ class Layout:
     """Of a block."""
     unpack: Callable[[torch.Tensor, int], QuantizedTensor]
     """Blocks [out, blocks, nbytes] and the number of weights in a row -> the same in our form."""
-    exact: bool = True
-    """Whether values stay the same bit for bit."""
-    becomes: str = ""
-    """The format of ours that holds it, where it is not the one of the same name."""
 
 
 def unpack(buffer: torch.Tensor, name: str, in_features: int) -> QuantizedTensor:
@@ -167,11 +166,11 @@ LAYOUTS: dict[str, Layout] = {
     "asym_int4": Layout(36, _integers("asym_int4", fifth=False, minimum=True)),
     "sym_int5": Layout(42, _integers("sym_int5", fifth=True, minimum=False)),
     "asym_int5": Layout(44, _integers("asym_int5", fifth=True, minimum=True)),
-    "sym_int8": Layout(68, _int8, exact=False),
+    "sym_int8": Layout(68, _int8),
     "nf4": Layout(34, _nf4),
-    "fp4": Layout(34, _fp4, becomes="sym_int5"),
+    "fp4": Layout(34, _fp4),
     "fp8_e5m2": Layout(68, _fp8_e5m2),
-    "fp8_e4m3": Layout(68, _fp8_e4m3, exact=False),
-    "fp8": Layout(68, _fp8, exact=False),
+    "fp8_e4m3": Layout(68, _fp8_e4m3),
+    "fp8": Layout(68, _fp8),
 }
 """The library's name of a format -> how it is stored there."""
