@@ -1,7 +1,7 @@
 """A folder that BigDL-LLM or IPEX-LLM saved, into ours: the same weights, in safetensors, for Nibble's own engine.
 
-Promises that its pickles are opened in a process of their own, as tensors alone, and that the new folder appears whole or
-not at all. What their library merged or padded for its kernels is undone. Knows nothing of engines and jobs.
+Promises that its pickles are opened in a process of their own, as tensors alone, and that the new folder appears whole
+or not at all. What their library merged or padded for its kernels is undone. Knows nothing of engines and jobs.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def convert(folder: Path, out: Path, progress: Progress = lambda done, total: No
         child.wait()
         said.seek(max(0, said.tell() - 500))
         last = said.read().decode("utf-8", "replace").strip().splitlines()[-1:]
+    why = f"the process ended with {child.returncode} {' '.join(last)}".rstrip(" .")
     raise ModelError(
-        f"{folder.name} could not be converted: the process ended with {child.returncode} {' '.join(last)}".strip()
-        + ".",
+        f"{folder.name} could not be converted: {why}.",
         "Where memory ran out, close other programs; else copy the folder again.",
     )

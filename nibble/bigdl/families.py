@@ -85,31 +85,24 @@ class Plan:
         if whole not in self.shapes:
             raise self._unknown(f"{path}.{kind}")
         columns = self.shapes[whole][1] if kind == "weight" else 0
-        self._waiting[f"{path}.{kind}"] = self._unpacked(value, columns) if value.ndim == 1 and columns else value
+        self._waiting[f"{path}.{kind}"] = unpack(value, self.low_bit, columns) if value.ndim == 1 and columns else value
         parts = [f"{base}.{part}.{kind}" for part in ("gate_proj", "up_proj")]
         if all(part in self._waiting for part in parts):
             yield whole, self._fitted(whole, _join_rows([self._waiting.pop(part) for part in parts]))
 
     def _weight(self, names: Sequence[str], value: torch.Tensor) -> Weight:
-        """A tensor that holds the weights of these names, one below the other, unpacked from its buffer where packed."""
+        """A tensor that holds the weights of these names, one below the other; unpacked where it is a buffer."""
         for name in names:
             if name not in self.shapes:
                 raise self._unknown(name)
-        shape = self.shapes[names[0]]
-        if value.ndim != 1 or len(shape) != 2:
+        rows, *columns = self.shapes[names[0]]
+        if value.ndim != 1 or not columns:
             return value
-        rows = sum(self._rows(names))
-        columns = shape[1]
-        packed = value.view(torch.uint8).numel()
-        if packed != rows * (columns // BLOCK) * layout_of(self.low_bit).nbytes and names[0].endswith(
-            "down_proj.weight"
-        ):
-            # Qwen2's MLP is padded with zeros to a multiple of 256, so the rows of down_proj are longer.
-            columns = packed // layout_of(self.low_bit).nbytes // max(rows, 1) * BLOCK
-        return self._unpacked(value, columns)
-
-    def _unpacked(self, value: torch.Tensor, columns: int) -> QuantizedTensor:
-        return unpack(value, self.low_bit, columns)
+        if names[0].endswith("mlp.down_proj.weight"):
+            # Its rows may be longer: Qwen2's MLP is padded with zeros to a multiple of 256.
+            blocks = value.view(torch.uint8).numel() // (rows * layout_of(self.low_bit).nbytes)
+            columns = [blocks * BLOCK]
+        return unpack(value, self.low_bit, columns[0])
 
     def _rows(self, names: Sequence[str]) -> list[int]:
         return [self.shapes[name][0] for name in names]

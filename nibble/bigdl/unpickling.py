@@ -1,7 +1,7 @@
 """The process that opens the pickles of BigDL-LLM and IPEX-LLM: `python -m nibble.bigdl.unpickling FOLDER OUT`.
 
-Promises that they are read as tensors alone (`weights_only=True`), one file at a time, and that OUT appears whole or not
-at all. Tells its progress, and its result or error, as one JSON object a line. Knows nothing of who asked.
+Promises that they are read as tensors alone (`weights_only=True`), one file at a time, and that OUT appears whole or
+not at all. Tells its progress, and its result or error, as one JSON object a line. Knows nothing of who asked.
 """
 
 from __future__ import annotations
