@@ -33,6 +33,15 @@ DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_sequence_length", "n_ctx")
 
 
+OLDER_FAMILIES = {
+    "qwen": "Qwen (the first)", "chatglm": "ChatGLM", "baichuan": "Baichuan", "internlm": "InternLM",
+    "internlm2": "InternLM2",
+}  # fmt: skip
+"""`model_type` of families that live in Python code of their own, for transformers 4 -> what people call them."""
+
+OLDER_ENGINE = "`make bigdl`, then engine: bigdl in config.yaml"
+
+
 @dataclass(frozen=True)
 class ModelCard:
     """What is known of a model from its folder alone."""
@@ -109,6 +118,17 @@ def check(folder: Path, *, trust_remote_code: bool = False, tokenizer: bool = Tr
         )
     config = read_config(folder)
     check_code(folder, config, trusted=trust_remote_code)
+    if "bigdl_transformers_low_bit" in config:
+        raise ModelError(
+            f"{folder.name} was saved by BigDL-LLM or IPEX-LLM, whose weight files are pickles.",
+            f"Convert it: python -m nibble.bigdl.convert {folder} OUT; or run it in its own library: {OLDER_ENGINE}.",
+        )
+    family = str(config.get("model_type"))
+    if "auto_map" in config and family in OLDER_FAMILIES:
+        raise ModelError(
+            f"{folder.name} is {OLDER_FAMILIES[family]}, whose own Python code needs transformers 4; here is 5.",
+            f"It runs in BigDL-LLM's environment: {OLDER_ENGINE}.",
+        )
     for file in weight_files(folder):
         read_header(file)
     if tokenizer and not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
@@ -137,10 +157,15 @@ def check_code(folder: Path, config: dict[str, Any], *, trusted: bool) -> None:
         _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {},
     )
     if any("auto_map" in content for content in files):
+        older = str(config.get("model_type")) in OLDER_FAMILIES
         raise ModelError(
             f"{folder.name} wants to run Python code of its own (auto_map), which is not allowed.",
-            f"If you trust its maker, write trust_remote_code: [{folder.name}] into config.yaml "
-            "(in Python: trust_remote_code=True); otherwise take a version for transformers 5 without auto_map.",
+            f"If you trust its maker, write trust_remote_code: [{folder.name}] into config.yaml"
+            + (
+                f", and run it in BigDL-LLM's environment, for its code needs transformers 4: {OLDER_ENGINE}."
+                if older
+                else " (in Python: trust_remote_code=True); else take a version for transformers 5 without auto_map."
+            ),
         )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from nibble.bigdl.folders import check, saved_format
 from nibble.engines.wire import unpack_error
-from nibble.errors import ModelError
+from nibble.errors import ModelError, NibbleError
 from nibble.library import read_config
 
 Progress = Callable[[int, int], None]
@@ -77,3 +77,23 @@ def convert(folder: Path, out: Path, progress: Progress = lambda done, total: No
         f"{folder.name} could not be converted: {why}.",
         "Where memory ran out, close other programs; else copy the folder again.",
     )
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m nibble.bigdl.convert FOLDER OUT`: one line about what became of it, or 1 and a sentence."""
+    if len(arguments) != 2:
+        sys.stderr.write("python -m nibble.bigdl.convert FOLDER OUT\n")
+        return 2
+    try:
+        result = convert(Path(arguments[0]), Path(arguments[1]))
+    except NibbleError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    kept = "every weight as it was" if result.exact else "weights rounded"
+    dense = f", {len(result.dense)} layers in full precision" if result.dense else ""
+    sys.stdout.write(f"{arguments[1]}: {result.format}, {kept}{dense}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nibble import __version__, devices, hosting
 from nibble.config import Settings
+from nibble.engines import bigdl
 from nibble.errors import NibbleError
 from nibble.library import models
 
@@ -82,6 +83,13 @@ def _device(settings: Settings) -> list[Finding]:
     return found
 
 
+def _engine(settings: Settings) -> list[Finding]:
+    if settings.engine == "nibble":
+        return [Finding("engine", "nibble")]
+    python = bigdl.interpreter(settings)
+    return [Finding("engine", f"bigdl, in {python}: {bigdl.library_of(python)}")]
+
+
 def _home(settings: Settings) -> list[Finding]:
     home = settings.home_folder
     base = next(folder for folder in (home, *home.parents) if folder.exists())
@@ -122,4 +130,4 @@ def _settings(settings: Settings) -> list[Finding]:
     ]
 
 
-LOOKS: tuple[Callable[[Settings], list[Finding]], ...] = (_libraries, _device, _home, _page, _settings)
+LOOKS: tuple[Callable[[Settings], list[Finding]], ...] = (_libraries, _device, _engine, _home, _page, _settings)

@@ -6,6 +6,7 @@ Promises that nothing of that environment is imported here. Knows nothing of how
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +35,20 @@ def interpreter(settings: Settings) -> Path:
             "Run `make bigdl`, or name the Python of an environment with ipex-llm or bigdl-llm in bigdl_python.",
         )
     return python
+
+
+def library_of(python: Path) -> str:
+    """Name and version of the library in an interpreter's environment, without importing it.
+
+    Raises:
+        ConfigError: it has neither, or does not run.
+    """
+    for package in ("ipex-llm", "bigdl-llm"):
+        code = f"import importlib.metadata; print({package!r}, importlib.metadata.version({package!r}))"
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=ROOT)  # noqa: S603
+        if done.returncode == 0:
+            return done.stdout.strip()
+    raise ConfigError(f"{python} has neither ipex-llm nor bigdl-llm.", "Run `make bigdl`.")
 
 
 def make_worker(spec: LoadSpec, settings: Settings, command: Sequence[str] = ()) -> WorkerEngine:
