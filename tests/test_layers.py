@@ -38,6 +38,7 @@ INSIDE = {
     "library": {"library"},
     "devices": {"devices"},
     "publish": {"publish"},
+    "compat": {"lowbit", "transformers"},
     "chats": {"chats", "engines.base", "publish"},
 }
 """Room of nibble -> what it may import from nibble; everything may use `config` and `errors`."""
@@ -46,7 +47,7 @@ TORCH_FREE = (
     "nibble", "nibble.config", "nibble.errors", "nibble.library", "nibble.hosting", "nibble.chats", "nibble.publish",
     "nibble.engines.base", "nibble.engines.worker", "nibble.engines.host", "nibble.engines.bigdl",
     "nibble.bigdl.folders", "nibble.bigdl.older_folder", "nibble.bigdl.convert",
-    "nibble.lowbit", "nibble.lowbit.formats",
+    "nibble.lowbit", "nibble.lowbit.formats", "nibble.compat",
 )  # fmt: skip
 
 
