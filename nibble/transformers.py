@@ -292,7 +292,8 @@ def _stored_format(folder: Path, config: dict[str, Any]) -> str:
             f"{folder.name} is quantized with {method} already.",
             "Take its full-precision original, or load it with that.",
         )
-    publish.verify(folder)
+    # The weights alone: tokenizer.save_pretrained into the same folder is what the tutorials do next.
+    publish.verify(folder, pattern="*.safetensors*")
     return str(config["quantization_config"].get("low_bit", DEFAULT))
 
 
