@@ -113,6 +113,17 @@ def _load(folder: Path, low_bit: str, trusted: bool) -> tuple[Any, OlderTokenize
     library = next((name for name in LIBRARIES if _installed(name)), "")
     if not library:
         raise ModelError(f"{sys.prefix} has neither ipex-llm nor bigdl-llm.", "Run `make bigdl`.")
+    with tempfile.TemporaryDirectory(prefix="nibble-bigdl-") as temporary:
+        # Where transformers puts a folder's own code before it imports it; its cache would keep a copy for each load.
+        os.environ["HF_MODULES_CACHE"] = str(Path(temporary) / "modules")
+        copy = Path(temporary) / "model"
+        copy.mkdir()
+        model, tokenizer = _load_copy(library, older_copy(folder, copy), low_bit, trusted)
+    package = LIBRARIES[library]
+    return model, OlderTokenizer(tokenizer), f"{package} {importlib.metadata.version(package)}"
+
+
+def _load_copy(library: str, folder: Path, low_bit: str, trusted: bool) -> tuple[Any, Any]:
     import torch
     import transformers
 
@@ -120,18 +131,13 @@ def _load(folder: Path, low_bit: str, trusted: bool) -> tuple[Any, OlderTokenize
         torch.set_num_threads(usable_cores())
     transformers.logging.set_verbosity_error()
     auto = importlib.import_module(f"{library}.transformers").AutoModelForCausalLM
-    options = {"trust_remote_code": trusted}
-    with tempfile.TemporaryDirectory(prefix="nibble-bigdl-") as temporary:
-        copy = older_copy(folder, Path(temporary))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(copy, **options)
-        if not low_bit:
-            model = auto.load_low_bit(str(copy), **options)
-        elif low_bit == "bf16":
-            model = auto.from_pretrained(str(copy), load_in_low_bit=low_bit, torch_dtype=torch.bfloat16, **options)
-        else:
-            model = auto.from_pretrained(str(copy), load_in_low_bit=low_bit, **options)
-    package = LIBRARIES[library]
-    return model, OlderTokenizer(tokenizer), f"{package} {importlib.metadata.version(package)}"
+    options: dict[str, Any] = {"trust_remote_code": trusted}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    if not low_bit:
+        return auto.load_low_bit(str(folder), **options), tokenizer
+    if low_bit == "bf16":
+        options["torch_dtype"] = torch.bfloat16
+    return auto.from_pretrained(str(folder), load_in_low_bit=low_bit, **options), tokenizer
 
 
 def _installed(name: str) -> bool:
