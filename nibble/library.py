@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nibble.errors import ModelError
+from nibble.errors import ModelError, NibbleError
 
 GUIDE = "guide"
 GUIDE_FOLDER = Path(__file__).parents[1] / "guide" / "model"
@@ -61,19 +62,32 @@ class ModelCard:
     """Why it cannot be loaded; empty when nothing is wrong."""
 
 
-def models(home: Path) -> list[ModelCard]:
-    """The guide and every folder in home/models, by name; a broken one carries its problem instead of raising."""
+Judge = Callable[[Path, str], "ModelCard"]
+"""A folder and its name -> its card; raises where the folder cannot or must not be loaded."""
+
+
+def models(home: Path, judge: Judge | None = None) -> list[ModelCard]:
+    """The guide and every folder in home/models, by name; a broken one carries its problem instead of raising.
+
+    Args:
+        home: Nibble's home folder.
+        judge: None is `check`, then `inspect`.
+    """
     root = home / "models"
     folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     named = [(GUIDE, GUIDE_FOLDER)] + [(path.name, path) for path in folders if NAME.fullmatch(path.name)]
-    return [_card_or_problem(name, folder) for name, folder in named if folder.is_dir()]
+    return [_card_or_problem(name, folder, judge or _judge) for name, folder in named if folder.is_dir()]
 
 
-def _card_or_problem(name: str, folder: Path) -> ModelCard:
+def _judge(folder: Path, name: str) -> ModelCard:
+    check(folder)
+    return inspect(folder, name)
+
+
+def _card_or_problem(name: str, folder: Path, judge: Judge) -> ModelCard:
     try:
-        check(folder)
-        return inspect(folder, name)
-    except ModelError as error:
+        return judge(folder, name)
+    except NibbleError as error:
         return ModelCard(name, folder, "", "", 0, 0, 0, problem=str(error))
 
 

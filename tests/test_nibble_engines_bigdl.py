@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 
 from nibble.config import Settings
 from nibble.engines.base import Chunk, LoadSpec, Sampling
-from nibble.engines.bigdl import judge, make_worker
+from nibble.engines.bigdl import judge, make_worker, models
 from nibble.engines.worker import WorkerEngine
 from nibble.errors import ConfigError, DeviceError, ModelError, NibbleError
 
@@ -189,3 +190,37 @@ def test_without_its_environment_the_engine_says_how_to_build_it(stories: Path, 
 def test_an_unknown_engine_is_refused() -> None:
     with pytest.raises(NibbleError, match="engine is 'ollama'"):
         Settings(engine="ollama")
+
+
+def test_a_saved_folder_is_offered_by_the_engine_that_can_load_it(saved: Path, home: Path) -> None:
+    shutil.copytree(saved, home / "models" / "mine")
+    settings = Settings(home=str(home))
+    mine = {engine: models(replace(settings, engine=engine))[-1] for engine in ("nibble", "bigdl")}
+    assert (mine["bigdl"].name, mine["bigdl"].format, mine["bigdl"].problem) == ("mine", "sym_int4", "")
+    assert "python -m nibble.bigdl.convert" in mine["nibble"].problem
+    assert "engine: bigdl" in mine["nibble"].problem
+
+
+@pytest.mark.parametrize(("trusted", "words"), [(False, "not allowed"), (True, "needs transformers 4; here is 5")])
+def test_a_family_of_transformers_4_says_where_it_runs(
+    stories: Path, tmp_path: Path, trusted: bool, words: str
+) -> None:
+    folder = tmp_path / "chatglm3-6b"
+    shutil.copytree(stories, folder)
+    config = {"model_type": "chatglm", "auto_map": {"AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=words) as caught:
+        judge(folder, folder.name, trusted=trusted, settings=Settings())
+    assert "make bigdl" in caught.value.hint
+    assert trusted or "trust_remote_code: [chatglm3-6b]" in caught.value.hint
+
+
+def test_the_console_speaks_through_the_engine(bigdl_python: Path, stories: Path, home: Path) -> None:
+    command = [sys.executable, "-m", "nibble", "ask", "Once upon a time", "--engine", "bigdl", "--model", str(stories)]
+    done = subprocess.run([*command, "--greedy", "--max-new-tokens", "8"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(", there was a little")
+    refused = subprocess.run([*command, "--low-bit", "nf4"], capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "Intel GPUs only" in refused.stderr
+    assert "Traceback" not in refused.stderr

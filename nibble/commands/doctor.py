@@ -17,7 +17,6 @@ from nibble import __version__, devices, hosting
 from nibble.config import Settings
 from nibble.engines import bigdl
 from nibble.errors import NibbleError
-from nibble.library import models
 
 SETTINGS = [item.name for item in fields(Settings)]
 LIBRARIES = ("torch", "transformers", "tokenizers", "gradio", "accelerate", "safetensors", "modelscope")
@@ -96,7 +95,7 @@ def _home(settings: Settings) -> list[Finding]:
     free = shutil.disk_usage(base).free / 2**30
     writable = os.access(base, os.W_OK)
     text = f"{home}, {free:.1f} GiB free" + ("" if writable else "; it cannot be written: set home to another folder")
-    cards = models(home)
+    cards = bigdl.models(settings)
     broken = [card for card in cards if card.problem]
     return [
         Finding("home", text, ok=writable),

@@ -80,3 +80,12 @@ def judge(folder: Path, name: str, *, trusted: bool, settings: Settings) -> Mode
     interpreter(settings)
     folders.check(folder, trusted=trusted)
     return folders.card(folder, name)
+
+
+def models(settings: Settings) -> list[ModelCard]:
+    """The models on this machine, each with what keeps the engine in the settings from loading it."""
+
+    def judged(folder: Path, name: str) -> ModelCard:
+        return judge(folder, name, trusted=name in settings.trust_remote_code, settings=settings)
+
+    return library.models(settings.home_folder, judged)
