@@ -55,8 +55,8 @@ def load_engine(settings: Settings) -> Engine:
     """
     # Looked up before torch is imported: a wrong name answers at once.
     folder = find(settings.model, settings.home_folder, paths=True)
+    trusted = folder.name in settings.trust_remote_code
     if settings.engine == "bigdl":
-        trusted = settings.model in settings.trust_remote_code
         judge(folder, settings.model, trusted=trusted, settings=settings)
         spec = LoadSpec(str(folder.resolve()), settings.low_bit, settings.device, trust_remote_code=trusted)
         worker = make_worker(spec, settings)
@@ -64,5 +64,4 @@ def load_engine(settings: Settings) -> Engine:
         return worker
     from nibble.engines.local import LocalEngine
 
-    trusted = folder.name in settings.trust_remote_code
     return LocalEngine.load(folder, low_bit=settings.low_bit, device=settings.device, trust_remote_code=trusted)
