@@ -13,7 +13,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 TORCH  ?=
-BIGDL_PYTHON ?= python3.11
+BIGDL_PYTHON ?= $(shell command -v python3.11 || command -v python3.10 || echo python3)
 ARGS   ?=
 
 .PHONY: run test test-full check fix bench bigdl browser clean

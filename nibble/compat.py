@@ -103,9 +103,9 @@ def optimize_model(
         return model
     fmt = resolve(low_bit)
     if not fmt.quantized:
-        return model.to(PLAIN_DTYPES[fmt.name])
+        return model.to(dtype=PLAIN_DTYPES[fmt.name])
     pack_model(model, fmt.name, modules_to_not_convert or ())
-    model.save_low_bit = MethodType(save_low_bit, model)
+    model.save_low_bit = MethodType(save_low_bit, model)  # type: ignore[assignment]
     return model
 
 

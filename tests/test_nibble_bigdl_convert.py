@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer
 
 from nibble.bigdl.blocks import LAYOUTS, unpack
 from nibble.bigdl.convert import convert
+from nibble.bigdl.families import plan_of
 from nibble.bigdl.unpickling import convert_here
 from nibble.errors import ModelError
 from nibble.lowbit.blocks import encode, unpack_bits
@@ -298,3 +300,36 @@ def test_the_child_process_converts_and_tells_its_progress(bigdl_python: Path, s
         "quant_method": "nibble", "low_bit": "nf4", "modules_to_not_convert": ["down_proj"], "layout": 1,
     }  # fmt: skip
     verify(tmp_path / "ours", contents=True)
+
+
+def test_a_split_mlp_becomes_one_again() -> None:
+    """What the library does to Phi-3, whose code it gets from the model's own folder."""
+    from transformers import Phi3Config
+
+    config = Phi3Config(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, pad_token_id=0,
+    )  # fmt: skip
+    plan = plan_of(config, "sym_int4")
+    torch.manual_seed(0)
+    buffers = [torch.randint(0, 256, (128, 34), dtype=torch.uint8) for _ in range(2)]
+    for buffer in buffers:
+        buffer[:, :2] = torch.tensor([0, 0x3C], dtype=torch.uint8)  # a scale of 1
+    dense = [unpack(buffer.view(-1), "sym_int4", 64).dequantize() for buffer in buffers]
+    names = [f"model.layers.0.mlp.{part}_proj.weight" for part in ("up", "gate")]
+    assert list(plan.restore(names[0], buffers[0].view(-1))) == []
+    ((name, weight),) = plan.restore(names[1], buffers[1].view(-1))
+    assert name == "model.layers.0.mlp.gate_up_proj.weight"
+    assert torch.equal(weight.dequantize(), torch.cat((dense[1], dense[0])))
+    assert list(plan.restore(names[0], dense[0])) == []
+    ((_, weight),) = plan.restore(names[1], dense[1])
+    assert torch.equal(weight, torch.cat((dense[1], dense[0])))
+
+
+def test_the_command_says_what_is_wrong_in_one_line(stories: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "nibble.bigdl.convert"]
+    done = subprocess.run([*command, stories, tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "was not saved by BigDL-LLM" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert subprocess.run(command, capture_output=True).returncode == 2

@@ -275,8 +275,10 @@ def pack_model(model: PreTrainedModel, low_bit: str, skip: Sequence[str] = ()) -
     quantizer = LowBitQuantizer(LowBitConfig(low_bit, list(skip)))
     names = quantizer._names_to_convert(model)
     for name in names:
-        model.set_submodule(name, LowBitLinear.from_linear(model.get_submodule(name), low_bit))
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        model.set_submodule(name, LowBitLinear.from_linear(layer, low_bit))
     quantizer._untie(model, {f"{name}.weight" for name in names})
     model.config.quantization_config = quantizer.quantization_config
-    model.hf_quantizer = quantizer
+    model.hf_quantizer = quantizer  # type: ignore[assignment]
     return model
