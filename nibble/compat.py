@@ -103,7 +103,7 @@ def optimize_model(
         return model
     fmt = resolve(low_bit)
     if not fmt.quantized:
-        return model.to(dtype=PLAIN_DTYPES[fmt.name])
+        return model.to(PLAIN_DTYPES[fmt.name])  # type: ignore[arg-type]
     pack_model(model, fmt.name, modules_to_not_convert or ())
     model.save_low_bit = MethodType(save_low_bit, model)  # type: ignore[assignment]
     return model

@@ -63,6 +63,11 @@ def test_a_merge_with_a_space_is_refused() -> None:
         older_tokenizer({"model": {"type": "BPE", "merges": [["a ", "b"]]}})
 
 
+def test_a_file_that_is_no_tokenizer_is_refused() -> None:
+    with pytest.raises(ModelError, match="no tokenizer"):
+        older_tokenizer({"version": "1.0"})
+
+
 def test_the_copy_links_weights_and_leaves_the_original_alone(stories: Path, tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in stories.iterdir()}
     copy = older_copy(stories, tmp_path)

@@ -107,6 +107,9 @@ def test_optimize_model_keeps_what_is_named_and_refuses_what_it_cannot(stories: 
     packed = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LowBitLinear)}
     assert packed == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    plain = AutoModelForCausalLM.from_pretrained(stories, dtype="float32")
+    assert compat.optimize_model(plain, None).dtype == torch.float32
+    assert compat.optimize_model(plain, "bf16").dtype == torch.bfloat16
     with pytest.raises(ModelError, match="no model of transformers"):
         compat.optimize_model(torch.nn.Linear(2, 2))
     with pytest.raises(FormatError, match="nf5"):

@@ -107,9 +107,11 @@ def older_tokenizer(state: dict[str, Any]) -> dict[str, Any]:
     """tokenizer.json for tokenizers 0.15: merges as one string each, no unsplit Metaspace.
 
     Raises:
-        ModelError: a merge whose parts hold spaces, which 0.15 cannot write.
+        ModelError: no tokenizer at all, or a merge whose parts hold spaces, which 0.15 cannot write.
     """
     state = dict(state)
+    if not isinstance(state.get("model"), dict):
+        raise ModelError("tokenizer.json holds no tokenizer.", "Download that file again.")
     model = dict(state["model"])
     merges = model.get("merges")
     if merges and isinstance(merges[0], list):
