@@ -9,7 +9,7 @@ from nibble.config import Settings
 from nibble.engines.base import Engine, LoadSpec, Sampling
 from nibble.engines.bigdl import judge, make_worker
 from nibble.errors import ConfigError, NibbleError
-from nibble.library import find
+from nibble.library import NAME, find
 
 SETTINGS = ["home", "model", "low_bit", "device", "engine"]
 
@@ -57,8 +57,9 @@ def load_engine(settings: Settings) -> Engine:
     folder = find(settings.model, settings.home_folder, paths=True)
     trusted = folder.name in settings.trust_remote_code
     if settings.engine == "bigdl":
-        judge(folder, settings.model, trusted=trusted, settings=settings)
-        spec = LoadSpec(str(folder.resolve()), settings.low_bit, settings.device, trust_remote_code=trusted)
+        name = settings.model if NAME.fullmatch(settings.model) else folder.name
+        judge(folder, name, trusted=trusted, settings=settings)
+        spec = LoadSpec(str(folder.resolve()), settings.low_bit, settings.device, name, trust_remote_code=trusted)
         worker = make_worker(spec, settings)
         worker.load()
         return worker
