@@ -3,6 +3,7 @@
 # test-full   the long ones too
 # check       lint, formatting, types and the layers between packages
 # fix         what lint and formatting can mend by themselves
+# bigdl       .venv-bigdl: BigDL-LLM / IPEX-LLM in an environment of its own (Python 3.11), for `engine: bigdl`
 # bench       speed and memory, printed; nothing is asserted about time
 #
 # TORCH=cpu or TORCH=xpu takes torch's smaller CPU build, or its build for Intel GPUs, instead of the default (CUDA) one.
@@ -12,9 +13,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 TORCH  ?=
+BIGDL_PYTHON ?= $(shell command -v python3.11 || command -v python3.10 || echo python3)
 ARGS   ?=
 
-.PHONY: run test test-full check fix bench browser clean
+.PHONY: run test test-full check fix bench bigdl browser clean
 
 run: $(VENV)/.run
 	$(BIN)/python app.py $(ARGS)
@@ -38,6 +40,15 @@ fix: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench.decode
 	$(BIN)/python -m bench.stop
+
+bigdl: .venv-bigdl/.made
+
+# torch first and alone: together with the rest pip may take another build of it.
+.venv-bigdl/.made: requirements-bigdl.txt
+	$(BIGDL_PYTHON) -m venv .venv-bigdl
+	.venv-bigdl/bin/pip install --disable-pip-version-check -q $(if $(TORCH),--index-url https://download.pytorch.org/whl/$(TORCH)) 'torch==2.13.0'
+	.venv-bigdl/bin/pip install --disable-pip-version-check -q -r requirements-bigdl.txt
+	@touch $@
 
 # Chromium for the browser tests, where the system's package manager can give it; they skip, saying so, where it cannot.
 browser:

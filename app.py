@@ -31,8 +31,9 @@ from nibble import hosting, publish
 from nibble.commands.border import guarded, quiet_logs
 from nibble.config import Settings, add_flags, settings_from
 from nibble.doorstep import Doorstep
+from nibble.engines.bigdl import judge
 from nibble.errors import NibbleError
-from nibble.library import check, find
+from nibble.library import find
 from nibble.lowbit.formats import resolve
 from nibble.throttle import LoginThrottle
 from nibble.words import LANGUAGES
@@ -234,7 +235,7 @@ def check_model(settings: Settings) -> None:
     """
     resolve(settings.low_bit)
     folder = find(settings.model, settings.home_folder, paths=True)
-    check(folder, trust_remote_code=folder.name in settings.trust_remote_code)
+    judge(folder, folder.name, trusted=folder.name in settings.trust_remote_code, settings=settings)
 
 
 def run(settings: Settings) -> None:

@@ -18,8 +18,9 @@ from chat.talk import Visitor
 from chat.widgets import ModelWidgets
 from chat.wiring import PRIVATE, Changes, Wiring, visitor_from
 from nibble.config import Settings
+from nibble.engines.bigdl import judge, models
 from nibble.errors import ModelError, NibbleError
-from nibble.library import ModelCard, find, inspect, models
+from nibble.library import ModelCard, find
 
 
 class Operator:
@@ -32,15 +33,15 @@ class Operator:
     def cards(self) -> list[dict[str, Any]]:
         """The models on this machine as plain data, without their paths."""
         loaded = self.host.info.model if self.host.info else ""
-        cards = models(self._settings.home_folder)
+        cards = models(self._settings)
         own = self._own()
         if own is not None and own.name not in [card.name for card in cards]:
-            cards.insert(0, inspect(own, own.name))
+            cards.insert(0, judge(own, own.name, trusted=False, settings=self._settings))
         return [_plain(card, loaded) for card in cards]
 
     def names(self) -> Sequence[str]:
         """The models that can be loaded: those in the library, and the folder that the page was started with."""
-        names = [card.name for card in models(self._settings.home_folder) if not card.problem]
+        names = [card.name for card in models(self._settings) if not card.problem]
         own = self._own()
         return names if own is None or own.name in names else [own.name, *names]
 

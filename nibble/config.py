@@ -46,6 +46,8 @@ class Settings:
     model: str = setting("guide", "model loaded at start: a name in home/models, `guide`, or a folder")
     low_bit: str = setting("sym_int4", "format in which a full-precision model is loaded")
     device: str = setting("auto", "auto, cpu, xpu or cuda")
+    engine: str = setting("nibble", "nibble, or bigdl: models run in BigDL-LLM / IPEX-LLM itself (`make bigdl`)")
+    bigdl_python: str = setting(".venv-bigdl/bin/python", "the Python of the environment with ipex-llm or bigdl-llm")
     trust_remote_code: tuple[str, ...] = setting(
         (), "names of models whose own Python code may run; never from the page"
     )
@@ -61,6 +63,8 @@ class Settings:
             raise ConfigError(f"port is {self.port}.", "It must lie between 0 and 65535; 0 takes any free one.")
         if self.device not in ("auto", "cpu", "xpu", "cuda"):
             raise ConfigError(f"device is {self.device!r}.", "It must be auto, cpu, xpu or cuda.")
+        if self.engine not in ("nibble", "bigdl"):
+            raise ConfigError(f"engine is {self.engine!r}.", "It must be nibble or bigdl.")
         if self.auth and not all(self.auth.partition(":")):
             raise ConfigError("auth is not of the form user:password.", 'Write it as auth: "user:password".')
         for hub in self.hubs:

@@ -5,7 +5,9 @@ Promises a reason that can be shown to a person. Imports torch only inside funct
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import logging
 import os
 import time
@@ -102,10 +104,14 @@ def import_extension() -> str:
     """
     if importlib.util.find_spec("intel_extension_for_pytorch") is None:
         return ""
+    printed = io.StringIO()
     try:
-        import intel_extension_for_pytorch as extension
+        # It prints why it does not fit, where a command's own output may be read by a program.
+        with contextlib.redirect_stdout(printed):
+            import intel_extension_for_pytorch as extension
     except (ImportError, OSError, RuntimeError, AttributeError, SystemExit) as error:
-        line = f"intel_extension_for_pytorch is installed but does not fit this torch: {str(error).splitlines()[0]}"
+        why = (printed.getvalue().strip() or str(error)).splitlines()[0].removeprefix("ERROR! ")
+        line = f"intel_extension_for_pytorch is installed but does not fit this torch: {why}"
         log.warning(line)
         return line
     return f"intel_extension_for_pytorch {extension.__version__} imported"

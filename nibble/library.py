@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nibble.errors import ModelError
+from nibble.errors import ModelError, NibbleError
 
 GUIDE = "guide"
 GUIDE_FOLDER = Path(__file__).parents[1] / "guide" / "model"
@@ -31,6 +32,15 @@ DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16
 """safetensors dtype -> bytes; every other one (I8, U8, BOOL, F8_*) takes one."""
 
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_sequence_length", "n_ctx")
+
+
+OLDER_FAMILIES = {
+    "qwen": "Qwen (the first)", "chatglm": "ChatGLM", "baichuan": "Baichuan", "internlm": "InternLM",
+    "internlm2": "InternLM2",
+}  # fmt: skip
+"""`model_type` of families that live in Python code of their own, for transformers 4 -> what people call them."""
+
+OLDER_ENGINE = "`make bigdl`, then engine: bigdl in config.yaml"
 
 
 @dataclass(frozen=True)
@@ -52,19 +62,32 @@ class ModelCard:
     """Why it cannot be loaded; empty when nothing is wrong."""
 
 
-def models(home: Path) -> list[ModelCard]:
-    """The guide and every folder in home/models, by name; a broken one carries its problem instead of raising."""
+Judge = Callable[[Path, str], "ModelCard"]
+"""A folder and its name -> its card; raises where the folder cannot or must not be loaded."""
+
+
+def models(home: Path, judge: Judge | None = None) -> list[ModelCard]:
+    """The guide and every folder in home/models, by name; a broken one carries its problem instead of raising.
+
+    Args:
+        home: Nibble's home folder.
+        judge: None is `check`, then `inspect`.
+    """
     root = home / "models"
     folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     named = [(GUIDE, GUIDE_FOLDER)] + [(path.name, path) for path in folders if NAME.fullmatch(path.name)]
-    return [_card_or_problem(name, folder) for name, folder in named if folder.is_dir()]
+    return [_card_or_problem(name, folder, judge or _judge) for name, folder in named if folder.is_dir()]
 
 
-def _card_or_problem(name: str, folder: Path) -> ModelCard:
+def _judge(folder: Path, name: str) -> ModelCard:
+    check(folder)
+    return inspect(folder, name)
+
+
+def _card_or_problem(name: str, folder: Path, judge: Judge) -> ModelCard:
     try:
-        check(folder)
-        return inspect(folder, name)
-    except ModelError as error:
+        return judge(folder, name)
+    except NibbleError as error:
         return ModelCard(name, folder, "", "", 0, 0, 0, problem=str(error))
 
 
@@ -109,7 +132,18 @@ def check(folder: Path, *, trust_remote_code: bool = False, tokenizer: bool = Tr
             f"There is no folder {folder}.", "Name a folder that holds config.json and safetensors weights."
         )
     config = read_config(folder)
-    _check_code(folder, config, trust_remote_code)
+    check_code(folder, config, trusted=trust_remote_code)
+    if "bigdl_transformers_low_bit" in config:
+        raise ModelError(
+            f"{folder.name} was saved by BigDL-LLM or IPEX-LLM, whose weight files are pickles.",
+            f"Convert it: python -m nibble.bigdl.convert {folder} OUT; or run it in its own library: {OLDER_ENGINE}.",
+        )
+    family = str(config.get("model_type"))
+    if "auto_map" in config and family in OLDER_FAMILIES:
+        raise ModelError(
+            f"{folder.name} is {OLDER_FAMILIES[family]}, whose own Python code needs transformers 4; here is 5.",
+            f"It runs in BigDL-LLM's environment: {OLDER_ENGINE}.",
+        )
     if weights:
         for file in weight_files(folder):
             read_header(file)
@@ -120,7 +154,12 @@ def check(folder: Path, *, trust_remote_code: bool = False, tokenizer: bool = Tr
         )
 
 
-def _check_code(folder: Path, config: dict[str, Any], trusted: bool) -> None:
+def check_code(folder: Path, config: dict[str, Any], *, trusted: bool) -> None:
+    """Refuse a folder whose config would make a library run code, unless its maker is trusted.
+
+    Raises:
+        ModelError: what would run.
+    """
     hidden = [key for key in config if key.startswith("_attn_implementation") or key == "trust_remote_code"]
     if hidden:
         raise ModelError(
@@ -134,10 +173,15 @@ def _check_code(folder: Path, config: dict[str, Any], trusted: bool) -> None:
         _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {},
     )
     if any("auto_map" in content for content in files):
+        older = str(config.get("model_type")) in OLDER_FAMILIES
         raise ModelError(
             f"{folder.name} wants to run Python code of its own (auto_map), which is not allowed.",
-            f"If you trust its maker, write trust_remote_code: [{folder.name}] into config.yaml "
-            "(in Python: trust_remote_code=True); otherwise take a version for transformers 5 without auto_map.",
+            f"If you trust its maker, write trust_remote_code: [{folder.name}] into config.yaml"
+            + (
+                f", and run it in BigDL-LLM's environment, for its code needs transformers 4: {OLDER_ENGINE}."
+                if older
+                else " (in Python: trust_remote_code=True); else take a version for transformers 5 without auto_map."
+            ),
         )
 
 

@@ -17,6 +17,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +93,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(folder: Path, *, contents: bool = False) -> None:
+def verify(folder: Path, *, pattern: str = "*", contents: bool = False) -> None:
     """Compare a published folder with its manifest: every file's size, and on request its sha256 too.
+
+    Args:
+        folder: as `publication` put it in place.
+        pattern: names of the files to compare.
+        contents: whether to read them whole.
 
     Raises:
         ModelError: the first file that is missing or differs.
     """
     for name, facts in read_manifest(folder).get("files", {}).items():
         path = folder / name
+        if not fnmatch(name, pattern):
+            continue
         if not path.is_file() or path.stat().st_size != facts["size"]:
             raise ModelError(f"{name} in {folder.name} is missing or cut short.", "Quantize the model again.")
         if contents and _sha256(path) != facts["sha256"]:

@@ -282,7 +282,7 @@ def _stored_format(folder: Path, config: dict[str, Any]) -> str:
     if "bigdl_transformers_low_bit" in config:
         raise ModelError(
             f"{folder.name} was saved by IPEX-LLM or BigDL-LLM, whose files hold pickles.",
-            "Quantize its full-precision original here.",
+            "Convert it with nibble.bigdl.convert.convert(folder, out), or quantize its full-precision original.",
         )
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method is None:
@@ -292,7 +292,8 @@ def _stored_format(folder: Path, config: dict[str, Any]) -> str:
             f"{folder.name} is quantized with {method} already.",
             "Take its full-precision original, or load it with that.",
         )
-    publish.verify(folder)
+    # The weights alone: tokenizer.save_pretrained into the same folder is what the tutorials do next.
+    publish.verify(folder, pattern="*.safetensors*")
     return str(config["quantization_config"].get("low_bit", DEFAULT))
 
 

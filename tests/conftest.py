@@ -39,6 +39,15 @@ def guide_model() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def bigdl_python() -> Path:
+    """The interpreter of the environment with the real IPEX-LLM."""
+    python = ROOT / ".venv-bigdl" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("IPEX-LLM IS NOT TRIED: there is no .venv-bigdl; `make bigdl` builds it")
+    return python
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty home of Nibble, named by NIBBLE_HOME."""

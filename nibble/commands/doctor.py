@@ -15,8 +15,8 @@ from pathlib import Path
 
 from nibble import __version__, devices, hosting
 from nibble.config import Settings
+from nibble.engines import bigdl
 from nibble.errors import NibbleError
-from nibble.library import models
 
 SETTINGS = [item.name for item in fields(Settings)]
 LIBRARIES = ("torch", "transformers", "tokenizers", "gradio", "accelerate", "safetensors", "modelscope")
@@ -82,13 +82,20 @@ def _device(settings: Settings) -> list[Finding]:
     return found
 
 
+def _engine(settings: Settings) -> list[Finding]:
+    if settings.engine == "nibble":
+        return [Finding("engine", "nibble")]
+    python = bigdl.interpreter(settings)
+    return [Finding("engine", f"bigdl, in {python}: {bigdl.library_of(python)}")]
+
+
 def _home(settings: Settings) -> list[Finding]:
     home = settings.home_folder
     base = next(folder for folder in (home, *home.parents) if folder.exists())
     free = shutil.disk_usage(base).free / 2**30
     writable = os.access(base, os.W_OK)
     text = f"{home}, {free:.1f} GiB free" + ("" if writable else "; it cannot be written: set home to another folder")
-    cards = models(home)
+    cards = bigdl.models(settings)
     broken = [card for card in cards if card.problem]
     return [
         Finding("home", text, ok=writable),
@@ -122,4 +129,4 @@ def _settings(settings: Settings) -> list[Finding]:
     ]
 
 
-LOOKS: tuple[Callable[[Settings], list[Finding]], ...] = (_libraries, _device, _home, _page, _settings)
+LOOKS: tuple[Callable[[Settings], list[Finding]], ...] = (_libraries, _device, _engine, _home, _page, _settings)

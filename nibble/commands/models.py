@@ -7,7 +7,8 @@ import json
 from dataclasses import asdict
 
 from nibble.config import Settings
-from nibble.library import ModelCard, models
+from nibble.engines.bigdl import models
+from nibble.library import ModelCard
 
 SETTINGS = ["home"]
 
@@ -21,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, settings: Settings) -> None:
     """Print what is there."""
-    cards = models(settings.home_folder)
+    cards = models(settings)
     if arguments.json:
         print(json.dumps([asdict(card) | {"folder": str(card.folder)} for card in cards], indent=2, ensure_ascii=False))
         return

@@ -6,11 +6,12 @@ import argparse
 from dataclasses import fields
 
 from nibble.config import Settings
-from nibble.engines.base import Engine, Sampling
+from nibble.engines.base import Engine, LoadSpec, Sampling
+from nibble.engines.bigdl import judge, make_worker
 from nibble.errors import ConfigError, NibbleError
-from nibble.library import find
+from nibble.library import NAME, find
 
-SETTINGS = ["home", "model", "low_bit", "device"]
+SETTINGS = ["home", "model", "low_bit", "device", "engine"]
 
 NUMBERS: dict[str, type] = {
     "max_new_tokens": int,
@@ -47,14 +48,21 @@ def sampling_from(arguments: argparse.Namespace) -> Sampling:
 
 
 def load_engine(settings: Settings) -> Engine:
-    """The model that the settings name, loaded in this process.
+    """The model that the settings name, loaded in this process, or in BigDL-LLM's where that is the engine.
 
     Raises:
         NibbleError: no such model, or one that cannot be loaded.
     """
     # Looked up before torch is imported: a wrong name answers at once.
     folder = find(settings.model, settings.home_folder, paths=True)
+    trusted = folder.name in settings.trust_remote_code
+    if settings.engine == "bigdl":
+        name = settings.model if NAME.fullmatch(settings.model) else folder.name
+        judge(folder, name, trusted=trusted, settings=settings)
+        spec = LoadSpec(str(folder.resolve()), settings.low_bit, settings.device, name, trust_remote_code=trusted)
+        worker = make_worker(spec, settings)
+        worker.load()
+        return worker
     from nibble.engines.local import LocalEngine
 
-    trusted = folder.name in settings.trust_remote_code
     return LocalEngine.load(folder, low_bit=settings.low_bit, device=settings.device, trust_remote_code=trusted)

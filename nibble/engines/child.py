@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,12 +31,17 @@ PR_SET_PDEATHSIG = 1
 """prctl(2): the signal that this process gets when the thread that started it ends."""
 
 
+Loader = Callable[[LoadSpec], ThreadedEngine]
+"""Makes the engine that a spec asks for, or raises `NibbleError`."""
+
+
 class Child:
     """One engine, and the requests that the page has open in it."""
 
-    def __init__(self, source: BinaryIO, sink: BinaryIO) -> None:
+    def __init__(self, source: BinaryIO, sink: BinaryIO, loader: Loader) -> None:
         self._source = source
         self._sink = sink
+        self._loader = loader
         self._writing = threading.Lock()
         self._engine: ThreadedEngine | None = None
         self._tickets: dict[int, Ticket] = {}
@@ -47,7 +53,7 @@ class Child:
             return 2
         threading.Thread(target=self._read, name="nibble-input", daemon=True).start()
         try:
-            self._engine = load(LoadSpec(**message["load"]))
+            self._engine = self._loader(LoadSpec(**message["load"]))
         except NibbleError as error:
             self._send({"error": pack_error(error)})
             return 1
@@ -117,8 +123,12 @@ def load(spec: LoadSpec) -> ThreadedEngine:
     return LocalEngine.load(**asdict(spec))
 
 
-def main() -> int:
-    """Take the pipes for the protocol, leave the standard streams to whoever prints, and serve."""
+def main(loader: Loader = load) -> int:
+    """Take the pipes for the protocol, leave the standard streams to whoever prints, and serve.
+
+    Args:
+        loader: makes the engine; another one than `load` may run in an interpreter without transformers 5.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
@@ -126,7 +136,7 @@ def main() -> int:
     os.dup2(nothing, 0)
     os.dup2(2, 1)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    return Child(source, sink).serve()
+    return Child(source, sink, loader).serve()
 
 
 if __name__ == "__main__":

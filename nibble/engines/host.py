@@ -18,8 +18,9 @@ from nibble import library
 from nibble.config import Settings
 from nibble.devices import free_memory
 from nibble.engines.base import Chunk, EngineInfo, LoadSpec, Message, Sampling
+from nibble.engines.bigdl import judge, make_worker
 from nibble.engines.threaded import BEAT_S
-from nibble.engines.worker import COMMAND, WorkerEngine
+from nibble.engines.worker import WorkerEngine
 from nibble.errors import ModelError, NibbleError
 from nibble.lowbit.formats import FORMATS, resolve
 
@@ -42,11 +43,11 @@ class Wanted:
 class ModelHost:
     """Holds one model, in a process of its own. Everything asynchronous belongs to one event loop."""
 
-    def __init__(self, settings: Settings, command: Sequence[str] = COMMAND) -> None:
+    def __init__(self, settings: Settings, command: Sequence[str] = ()) -> None:
         """
         Args:
             settings: home, the default format and device, and whose own code may run. Nothing is loaded yet.
-            command: as `WorkerEngine`'s.
+            command: as `WorkerEngine`'s; empty is that of the engine in the settings.
         """
         self._settings = settings
         self._command = command
@@ -152,9 +153,10 @@ class ModelHost:
         folder = library.find(name, self._settings.home_folder, paths=paths)
         trusted = folder.name in self._settings.trust_remote_code
         format_ = resolve(low_bit or self._settings.low_bit)
-        library.check(folder, trust_remote_code=trusted)
-        card = library.inspect(folder, name if library.NAME.fullmatch(name) else folder.name)
-        stored = card.size_bytes if card.format in FORMATS else card.parameters * format_.bits_per_weight / 8
+        called = name if library.NAME.fullmatch(name) else folder.name
+        card = judge(folder, called, trusted=trusted, settings=self._settings)
+        dense = card.parameters and card.format not in FORMATS
+        stored = card.parameters * format_.bits_per_weight / 8 if dense else card.size_bytes
         spec = LoadSpec(
             str(folder.resolve()), format_.name, device or self._settings.device, card.name, trust_remote_code=trusted
         )
@@ -164,7 +166,7 @@ class ModelHost:
     async def _load(self, wanted: Wanted) -> EngineInfo:
         async with self._turn:
             before, self.loading, self.error = self._engine, wanted.spec.name, None
-            engine = WorkerEngine(wanted.spec, self._command)
+            engine = make_worker(wanted.spec, self._settings, self._command)
             try:
                 if before is not None and not await asyncio.to_thread(self._fits_beside, wanted):
                     await self._finish(before)
@@ -195,7 +197,7 @@ class ModelHost:
         return before is not None and before.device == "cpu" and wanted.bytes < free_memory("cpu")
 
     def _start_again(self, spec: LoadSpec) -> WorkerEngine:
-        engine = WorkerEngine(spec, self._command)
+        engine = make_worker(spec, self._settings, self._command)
         self._alive.add(engine)
         engine.start()
         return engine

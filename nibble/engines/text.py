@@ -11,7 +11,11 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
+
+try:
+    from tokenizers.decoders import DecodeStream
+except ImportError:  # tokenizers before 0.21, as BigDL-LLM needs it: `SlowDecoder` serves there
+    DecodeStream = None  # type: ignore[assignment, misc]
 
 KEPT = ("<think>", "</think>")
 """Tokens whose text stays in the answer even where a tokenizer calls them special: the page folds what they enclose."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +259,26 @@ def _let_go_of_files(model: nn.Module) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if any(start <= tensor.data_ptr() < stop for start, stop in ranges):
             tensor.data = tensor.data.clone()
+
+
+def pack_model(model: PreTrainedModel, low_bit: str, skip: Sequence[str] = ()) -> PreTrainedModel:
+    """Pack the linear layers of a model that is loaded already, in place; it can then be saved like any packed one.
+
+    Args:
+        model: in full precision, on the CPU or an accelerator.
+        low_bit: name of a format.
+        skip: as `LowBitConfig`'s modules_to_not_convert.
+
+    Raises:
+        FormatError, ModelError: as `LowBitConfig`; the model has no linear layer to pack, or numbers that do not fit.
+    """
+    quantizer = LowBitQuantizer(LowBitConfig(low_bit, list(skip)))
+    names = quantizer._names_to_convert(model)
+    for name in names:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        model.set_submodule(name, LowBitLinear.from_linear(layer, low_bit))
+    quantizer._untie(model, {f"{name}.weight" for name in names})
+    model.config.quantization_config = quantizer.quantization_config
+    model.hf_quantizer = quantizer  # type: ignore[assignment]
+    return model
