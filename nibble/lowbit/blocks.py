@@ -60,7 +60,7 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [out, in]; exact in float32, otherwise rounded once or twice to `dtype`."""
         out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
-        for rows in row_chunks(*self.shape, size=chunk_for(out.device)):
+        for rows in row_chunks(self.shape[0], self.shape[1], size=chunk_for(out.device)):
             out[rows] = decode(self.format, self.codes[rows], self.scales[rows], dtype)[:, : self.in_features]
         return out
 
@@ -82,7 +82,7 @@ def quantize(weight: torch.Tensor, name: str) -> QuantizedTensor:
     codes = torch.empty(fmt.code_shape(*weight.shape), dtype=torch.uint8, device=weight.device)
     scale_dtype = getattr(torch, fmt.scale or "float32")
     scales = torch.empty(fmt.scale_shape(*weight.shape), dtype=scale_dtype, device=weight.device)
-    for rows in row_chunks(*weight.shape, size=chunk_for(weight.device)):
+    for rows in row_chunks(weight.shape[0], weight.shape[1], size=chunk_for(weight.device)):
         codes[rows], scales[rows] = encode(fmt, weight[rows])
     if not torch.isfinite(scales).all():
         raise ModelError(

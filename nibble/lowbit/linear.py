@@ -179,7 +179,7 @@ def matmul(rows: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
     The weight is dequantized a few rows at a time, so that memory stays flat.
     """
     out = rows.new_empty(len(rows), weight.shape[0])
-    for part in row_chunks(*weight.shape, size=chunk_for(rows.device)):
+    for part in row_chunks(weight.shape[0], weight.shape[1], size=chunk_for(rows.device)):
         dense = decode(weight.format, weight.codes[part], weight.scales[part], rows.dtype)[:, : weight.in_features]
         out[:, part] = linear(rows, dense)
     return out
@@ -188,7 +188,7 @@ def matmul(rows: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
 def matmul_transposed(rows: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
     """rows [n, out] times the weight: [n, in] in the rows' dtype; sums over parts of the weight are kept in float32."""
     total = torch.zeros(len(rows), weight.in_features, dtype=torch.float32, device=rows.device)
-    for part in row_chunks(*weight.shape, size=chunk_for(rows.device)):
+    for part in row_chunks(weight.shape[0], weight.shape[1], size=chunk_for(rows.device)):
         dense = decode(weight.format, weight.codes[part], weight.scales[part], rows.dtype)[:, : weight.in_features]
         total += rows[:, part] @ dense
     return total.to(rows.dtype)
