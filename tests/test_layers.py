@@ -52,7 +52,8 @@ TORCH_FREE = (
     "nibble.engines.base", "nibble.engines.worker", "nibble.engines.host", "nibble.lowbit", "nibble.lowbit.formats",
     "nibble.jobs", "nibble.tasks", "nibble.tasks.download", "nibble.hub", "nibble.commands.download",
     "nibble.data", "nibble.data.preview",
-    "nibble.engines.bigdl", "nibble.bigdl.folders", "nibble.bigdl.older_folder", "nibble.bigdl.convert", "nibble.compat",
+    "nibble.engines.bigdl", "nibble.bigdl.folders", "nibble.bigdl.older_folder", "nibble.bigdl.convert",
+    "nibble.compat",
 )  # fmt: skip
 
 

@@ -27,6 +27,8 @@ from nibble.lowbit.linear import LowBitLinear
 from nibble.publish import verify
 from nibble.transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.full
+
 SPOKEN = ("sym_int4", "asym_int4", "sym_int5", "asym_int5", "sym_int8")
 """Formats in which the library itself can answer on a CPU."""
 

@@ -9,6 +9,8 @@ import pytest
 from nibble.bigdl.older_folder import older_config, older_copy, older_tokenizer, older_tokenizer_config
 from nibble.errors import ModelError
 
+pytestmark = pytest.mark.full
+
 TEXTS = [
     "Once upon a time, there was", "  two  spaces and\ttab\n\nnew lines ", "给我讲一个年轻人奋斗创业最终取得成功的故事",
     "emoji 👩‍👩‍👧 kana カタカナ", "def f(x):\n    return x**2  # ok", "",

@@ -11,6 +11,8 @@ from nibble.engines.base import Message
 from nibble.errors import NibbleError
 from nibble.prompts import choose_template
 
+pytestmark = pytest.mark.full
+
 TALK: list[Message] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "你好 \n  two  lines"},

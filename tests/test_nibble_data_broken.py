@@ -17,6 +17,8 @@ import pytest
 from nibble.data import ColumnMap, check, rows
 from nibble.errors import DataError
 
+pytestmark = pytest.mark.full
+
 SEEDS = 15
 WORDS = [
     "half",

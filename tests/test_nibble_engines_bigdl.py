@@ -18,6 +18,8 @@ from nibble.engines.bigdl import judge, make_worker, models
 from nibble.engines.worker import WorkerEngine
 from nibble.errors import ConfigError, DeviceError, ModelError, NibbleError
 
+pytestmark = pytest.mark.full
+
 SETTINGS = Settings(engine="bigdl")
 STORY = [{"role": "user", "content": "Once upon a time"}]
 GREEDY = Sampling(max_new_tokens=48, temperature=0)

@@ -21,6 +21,8 @@ from tests.support.downloads import BOTH, REPO, Told, fetch, surroundings, tree
 from tests.support.hubs import Fault, Hubs
 from tests.support.tiny import WANTED, write_model
 
+pytestmark = pytest.mark.full
+
 SHARD = "model-00002-of-00002.safetensors"
 
 

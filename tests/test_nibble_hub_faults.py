@@ -9,6 +9,8 @@ from nibble.hub import DownloadError, HubUnavailable, Request, download, plan
 from tests.support.downloads import BOTH, REPO, Told, fetch, tree
 from tests.support.hubs import Fault, Hubs
 
+pytestmark = pytest.mark.full
+
 NOWHERE = "http://127.0.0.1:9"
 """Nobody listens on the discard port."""
 GATED = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model org/tiny is restricted"}

@@ -15,6 +15,8 @@ from nibble.hub import DownloadError, Request, download
 from tests.support.downloads import BOTH, REPO, Told, fetch, surroundings, tree
 from tests.support.hubs import Fault, Hubs
 
+pytestmark = pytest.mark.full
+
 CANARY = "hf_CANARY+p9/Zq==x7"
 VARIABLE = {"huggingface": "HF_TOKEN", "modelscope": "MODELSCOPE_API_TOKEN"}
 

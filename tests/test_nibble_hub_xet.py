@@ -12,6 +12,8 @@ from nibble.library import check
 from tests.support.downloads import REPO, Told, fetch, surroundings, tree
 from tests.support.hubs import Fault, Hubs
 
+pytestmark = pytest.mark.full
+
 pytest.importorskip("hf_xet", reason="hf_xet has no build for this machine")
 
 SHARD = "model-00002-of-00002.safetensors"

@@ -21,6 +21,8 @@ from nibble.jobs.processes import JOB_VARIABLE
 from tests.support import scripted_task
 from tests.support.waiting import until
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parents[1]
 
 

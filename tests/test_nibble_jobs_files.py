@@ -19,6 +19,8 @@ from nibble.jobs.progress import Meter, Progress, duration, size
 from tests.support import scripted_task
 from tests.support.waiting import until
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(autouse=True)
 def nothing_stays(home: Path) -> Iterator[None]:

@@ -22,6 +22,8 @@ from nibble.jobs.work import take_device
 from tests.support import scripted_task
 from tests.support.waiting import until
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parents[1]
 
 PROGRAM = """

@@ -17,6 +17,8 @@ from nibble import jobs
 from nibble.jobs.processes import JOB_VARIABLE
 from tests.support.waiting import until
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parents[1]
 
 SERVER = """

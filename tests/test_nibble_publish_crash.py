@@ -13,6 +13,8 @@ import pytest
 from nibble import publish
 from nibble.errors import ModelError
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parents[1]
 
 

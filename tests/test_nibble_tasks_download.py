@@ -16,6 +16,8 @@ from nibble.tasks.download import request_from, run
 from tests.support.downloads import BOTH, REPO, Told, surroundings, tree
 from tests.support.hubs import Fault, Hubs
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parents[1]
 CANARY = "hf_CANARYCANARY"
 

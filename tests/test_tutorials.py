@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parents[1]
 QWEN, DSW, LLAMA = "002_81da94b65d1a74d5.txt", "001_d245c2772de7a4b0.txt", "000_a7649d58a68bc66e.txt"
 
