@@ -225,7 +225,7 @@ class Desk:
         try:
             conversation.turns = turns
             conversation.system = conversation.system if form.system is None else form.system
-            await asyncio.to_thread(self._keep, visitor, conversation)
+            await asyncio.to_thread(self._keep_quietly, visitor, conversation)
             question = messages(conversation)
             conversation.turns = [*turns, answer]
             yield Progress(conversation, visitor.say("reading"))
@@ -265,8 +265,8 @@ class Desk:
             self._store.save(visitor.owner, conversation)
 
     def _keep_quietly(self, visitor: Visitor, conversation: Conversation) -> None:
-        """Save at the end of an answer: a full disk or a deleted chat must not swallow the answer."""
+        """Save around an answer: a full disk or a deleted chat must not swallow the answer."""
         try:
             self._keep(visitor, conversation)
         except NibbleError as error:
-            log.warning("an answer was not saved: %s", error)
+            log.warning("a conversation was not saved: %s", error)

@@ -5,6 +5,8 @@ Promises that a model is named, never given as a path. In public mode nothing of
 
 from __future__ import annotations
 
+import logging
+import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict
 from html import escape
@@ -21,6 +23,8 @@ from nibble.config import Settings
 from nibble.engines.bigdl import judge, models
 from nibble.errors import ModelError, NibbleError
 from nibble.library import ModelCard, find
+
+log = logging.getLogger(__name__)
 
 
 class Operator:
@@ -120,6 +124,10 @@ class ModelWiring:
             said = await self.operator.load(visitor, name or "", low_bit or "", device or "")
         except NibbleError as error:
             said = str(error)
+        except Exception as error:  # noqa: BLE001 - the border of the page: the buttons must come back
+            number = secrets.token_hex(3)
+            log.error("loading failed, id %s", number, exc_info=error)
+            said = visitor.say("internal", value=number)
         yield self._busy(False, escape(said)) | self._page.greeted(visitor)
 
     async def unload(self, request: gr.Request) -> Changes:

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 from nibble.transformers import AutoModelForCausalLM
 
-name = "Qwen2-1.5B-Instruct"
+name = "Qwen/Qwen2-1.5B-Instruct"
 model = AutoModelForCausalLM.from_pretrained(name, load_in_low_bit="nf4")
 model = get_peft_model(model, LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj"]))
 tokenizer = AutoTokenizer.from_pretrained(name)

@@ -7,8 +7,13 @@ WORDS = Words(
         "models": ("Models", "模型"),
         "models_intro": (
             "### Get, shrink and keep models\n\nDownloading, quantizing and judging models here in the page is on "
-            "its way. Until then, these Python lines do it:",
-            "### 获取、压缩与管理模型\n\n网页里的下载、量化和评测功能正在开发中。目前可以用下面几行 Python 完成：",
+            "its way. Until then, the console downloads "
+            "(`.venv/bin/python -m nibble download Qwen/Qwen2-1.5B-Instruct`), "
+            "and these Python lines, run with `.venv/bin/python` in Nibble's folder, download, shrink and keep:",
+            "### 获取、压缩与管理模型\n\n网页里的下载、量化和评测功能正在开发中。目前可以在终端下载："
+            "`.venv/bin/python -m nibble download Qwen/Qwen2-1.5B-Instruct`；"
+            "也可以在 Nibble 文件夹里用 `.venv/bin/python` 运行下面几行，"
+            "下载、压缩并保存：",
         ),
         "models_after": (
             "Put a saved folder into `models` in Nibble's home (`~/.nibble`), and the Chat tab offers it under Model.",

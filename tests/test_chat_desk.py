@@ -179,3 +179,12 @@ def test_fields_as_typed() -> None:
 def test_a_field_that_is_no_number_is_named(value: object) -> None:
     with pytest.raises(NibbleError, match="Longest answer|max_new_tokens"):
         form_from(ANNA, [value, None, None, None, None, None], None)
+
+
+def test_a_chat_that_cannot_be_saved_is_answered_all_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "chats").write_text("a file stands where the folder should be", encoding="utf-8")
+    desk = Desk(ScriptedHost(pause=0.002), Settings(home=str(tmp_path)))
+    turns = run(lambda: say(desk, ANNA, "hello")).conversation.turns
+    assert [turn.role for turn in turns] == ["user", "assistant"]
+    assert turns[1].content and not turns[1].error
+    assert "was not saved" in caplog.text

@@ -56,7 +56,7 @@ def answer(engine: Engine, messages: Sequence[Message], sampling: Sampling) -> l
             print(chunk.text, end="", flush=True)
             if chunk.dropped_turns and chunk.tokens == 0:
                 print(f"[the {chunk.dropped_turns} oldest turns no longer fit into the context and were left out]")
-            last = chunk if chunk.tokens else last
+            last = chunk if chunk.tokens or chunk.full_text is not None else last
     except KeyboardInterrupt:
         stop.set()
         print(" [stopped]", end="")
@@ -66,4 +66,5 @@ def answer(engine: Engine, messages: Sequence[Message], sampling: Sampling) -> l
     print()
     if last.tokens:
         print(timing_line(last), file=sys.stderr)
-    return [*messages, {"role": "assistant", "content": "".join(pieces)}]
+    said = "".join(pieces) if last.full_text is None else last.full_text
+    return [*messages, {"role": "assistant", "content": said}] if said else list(messages[:-1])

@@ -25,7 +25,5 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     spec |= {"home": str(settings.home_folder), "hubs": list(settings.hubs)}
     done = run_foreground("download", {key: value for key, value in spec.items() if value}, home=settings.home_folder)
     print(f"{done['name']}: {done['bytes'] / 1e6:,.1f} MB in {done['folder']}")
-    if arguments.file:
-        print(f"Convert it:     python -m nibble quantize {done['name']} --low-bit {settings.low_bit}")
-    else:
+    if not arguments.file:
         print(f'Chat with it:   python -m nibble ask --model {done["name"]} "Hello"')
