@@ -67,7 +67,11 @@ def scripted() -> Iterator:
 
 
 def gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    # One look, not two: between "is it there" and "what is it" the process may go.
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def wait_for(condition, seconds: float = 20) -> bool:
