@@ -26,7 +26,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from nibble import __version__, library, publish
+from nibble import __version__, checkpoint, publish, screen
 from nibble.errors import FormatError, ModelError
 from nibble.lowbit import attention, lean
 from nibble.lowbit.formats import DEFAULT, Format, resolve
@@ -96,8 +96,8 @@ class _AutoLowBit:
         request = _sort(kwargs)
         source = str(pretrained_model_name_or_path)
         folder = _folder_of(source, request.options)
-        library.check(folder, trust_remote_code=bool(request.options.get("trust_remote_code")), tokenizer=False)
-        config = library.read_config(folder)
+        screen.check(folder, trust_remote_code=bool(request.options.get("trust_remote_code")), tokenizer=False)
+        config = checkpoint.read_config(folder)
         stored = _stored_format(folder, config)
         if stored and request.format not in (None, resolve(stored)):
             raise ModelError(
@@ -127,8 +127,8 @@ class _AutoLowBit:
         request = _sort(kwargs)
         source = str(pretrained_model_name_or_path)
         folder = _folder_of(source, request.options)
-        library.check(folder, trust_remote_code=bool(request.options.get("trust_remote_code")), tokenizer=False)
-        stored = _stored_format(folder, library.read_config(folder))
+        screen.check(folder, trust_remote_code=bool(request.options.get("trust_remote_code")), tokenizer=False)
+        stored = _stored_format(folder, checkpoint.read_config(folder))
         if not stored:
             raise ModelError(f"{folder.name} is not a low-bit model.", NOT_LOW_BIT)
         return _load(cls.auto_class, folder, source, request, stored)

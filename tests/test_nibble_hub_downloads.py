@@ -15,8 +15,9 @@ import pytest
 from nibble.errors import ModelError
 from nibble.hub import DownloadError, Request, default_name, download, plan
 from nibble.hub.part import SOURCE_FILE, alone
-from nibble.library import check, models
+from nibble.library import models
 from nibble.publish import MANIFEST, publication, read_manifest, verify
+from nibble.screen import check
 from tests.support.downloads import BOTH, REPO, Told, fetch, surroundings, tree
 from tests.support.hubs import Fault, Hubs
 from tests.support.tiny import WANTED, write_model

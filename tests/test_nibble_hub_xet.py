@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nibble.library import check
+from nibble.screen import check
 from tests.support.downloads import REPO, Told, fetch, surroundings, tree
 from tests.support.hubs import Fault, Hubs
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from nibble.errors import ModelError
-from nibble.library import check, find, inspect, models
+from nibble.library import find, inspect, models
+from nibble.screen import check
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from nibble import jobs
 from nibble.config import Settings
 from nibble.errors import NibbleError
-from nibble.library import check
+from nibble.screen import check
 from nibble.tasks.download import request_from, run
 from tests.support.downloads import BOTH, REPO, Told, surroundings, tree
 from tests.support.hubs import Fault, Hubs

@@ -21,11 +21,11 @@ from nibble.bigdl.engine import BigdlEngine
 from nibble.bigdl.folders import check, saved_format
 from nibble.bigdl.older_folder import older_copy
 from nibble.bigdl.older_tokenizer import OlderTokenizer
+from nibble.checkpoint import CONTEXT_KEYS, read_config
 from nibble.devices import XPU_VARIABLES, import_extension, usable_cores
 from nibble.engines.base import EngineInfo, LoadSpec
 from nibble.engines.child import main
 from nibble.errors import DeviceError, ModelError, NibbleError
-from nibble.library import CONTEXT_KEYS, read_config
 from nibble.lowbit.formats import resolve
 from nibble.prompts import choose_template
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nibble.bigdl.folders import check, saved_format
+from nibble.checkpoint import read_config
 from nibble.engines.wire import unpack_error
 from nibble.errors import ModelError, NibbleError
-from nibble.library import read_config
 
 Progress = Callable[[int, int], None]
 """Told how many of how many bytes of the weights have been read."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nibble.checkpoint import CONTEXT_KEYS, TOKENIZER_FILES, read_config, weight_files
 from nibble.errors import ModelError
-from nibble.library import CONTEXT_KEYS, TOKENIZER_FILES, ModelCard, check_code, inspect, read_config, weight_files
+from nibble.library import ModelCard, inspect
+from nibble.screen import check_code
 
 LOW_BIT_KEY = "bigdl_transformers_low_bit"
 """Key of config.json that marks a folder saved by the library, with the format as its value."""

@@ -14,8 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nibble.checkpoint import read_config
 from nibble.errors import ModelError
-from nibble.library import read_config
 
 ROPE_SCALINGS = ("linear", "dynamic")
 """Values of `rope_type`, besides `default`, that transformers 4.37 computes."""

@@ -25,9 +25,9 @@ from nibble.bigdl.blocks import ROUNDED, layout_of
 from nibble.bigdl.convert import Converted
 from nibble.bigdl.families import Plan, Weight, plan_of
 from nibble.bigdl.folders import LOW_BIT_KEY, saved_format, saved_weights
+from nibble.checkpoint import read_config
 from nibble.engines.wire import pack_error
 from nibble.errors import ModelError, NibbleError
-from nibble.library import read_config
 from nibble.lowbit.blocks import QuantizedTensor
 from nibble.lowbit.quantizer import LowBitConfig
 from nibble.transformers import TOKENIZER_FILES

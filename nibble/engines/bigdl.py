@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from nibble import library
+from nibble import library, screen
 from nibble.bigdl import folders
 from nibble.config import Settings
 from nibble.engines.base import LoadSpec
@@ -75,7 +75,7 @@ def judge(folder: Path, name: str, *, trusted: bool, settings: Settings) -> Mode
         ConfigError: as `interpreter`.
     """
     if settings.engine == "nibble":
-        library.check(folder, trust_remote_code=trusted)
+        screen.check(folder, trust_remote_code=trusted)
         return library.inspect(folder, name)
     interpreter(settings)
     folders.check(folder, trusted=trusted)

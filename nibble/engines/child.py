@@ -21,8 +21,8 @@ from nibble.engines.base import Chunk, LoadSpec
 from nibble.engines.threaded import ThreadedEngine, Ticket
 from nibble.engines.wire import line, pack_chunk, pack_error, parse, unpack_request
 from nibble.errors import NibbleError
-from nibble.library import check
 from nibble.lowbit.formats import resolve
+from nibble.screen import check
 
 BEAT_S = 2.0
 """How often the page is told how much memory the model takes."""

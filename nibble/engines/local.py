@@ -18,6 +18,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers import logging as transformers_logging
 
+from nibble.checkpoint import CONTEXT_KEYS, read_config
 from nibble.devices import Device, choose
 from nibble.engines.base import Chunk, EngineInfo, FinishReason, Sampling
 from nibble.engines.generation import Generator, Listener
@@ -25,10 +26,11 @@ from nibble.engines.sampling import plan
 from nibble.engines.text import Decoder, DecoderFactory
 from nibble.engines.threaded import ThreadedEngine, Ticket
 from nibble.errors import DeviceError, ModelError, NibbleError
-from nibble.library import CONTEXT_KEYS, GUIDE, GUIDE_FOLDER, check, inspect, read_config
+from nibble.library import GUIDE, GUIDE_FOLDER, inspect
 from nibble.lowbit.formats import FORMATS, resolve
 from nibble.lowbit.linear import kernel_name, prepare
 from nibble.prompts import Template, choose_template, clean, fit
+from nibble.screen import check
 from nibble.transformers import AutoModelForCausalLM
 
 DEFAULT_CONTEXT = 4096

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from nibble import library
+from nibble import library, screen
 from nibble.config import HUBS
 from nibble.errors import ModelError
 from nibble.hub.faults import KEPT, Asked, DownloadError, HubUnavailable, explain
@@ -220,7 +220,7 @@ def _check(part: Part, request: Request, *, weights: bool = True) -> None:
     if request.file:
         return
     try:
-        library.check(part.folder, trust_remote_code=request.target in request.trusted, weights=weights)
+        screen.check(part.folder, trust_remote_code=request.target in request.trusted, weights=weights)
     except ModelError as error:
         message, hint = (text.replace(part.folder.name, request.target) for text in (error.message, error.hint))
         raise ModelError(message, hint) from None
