@@ -65,6 +65,7 @@ class _Request:
     format: Format | None
     """None: nothing was said about low bit."""
     skip: list[str]
+    overrides: dict[str, str]
     options: dict[str, Any] = field(default_factory=dict)
     """For transformers."""
 
@@ -83,6 +84,8 @@ class _AutoLowBit:
             load_in_4bit: short for load_in_low_bit="sym_int4".
             load_in_low_bit: name of a format; "bf16" and "fp16" pack nothing.
             modules_to_not_convert: names of modules that stay dense, such as ["lm_head"]; whole parts of a dotted path.
+            overrides: names of modules -> another format for them, such as {"lm_head": "sym_int8"}; the last match
+                counts, and "bf16" leaves them dense.
             dtype, torch_dtype: of the activations and what stays dense; default bfloat16.
             quantization_config: a `BitsAndBytesConfig` is taken for the nearest format.
             trust_remote_code: whether the folder's own Python code may run; default no.
@@ -122,7 +125,7 @@ class _AutoLowBit:
         Raises:
             ModelError: not a low-bit model, incomplete, or not loadable.
         """
-        for name in ("load_in_4bit", "load_in_low_bit", "modules_to_not_convert", "quantization_config"):
+        for name in ("load_in_4bit", "load_in_low_bit", "modules_to_not_convert", "overrides", "quantization_config"):
             kwargs.pop(name, None)
         request = _sort(kwargs)
         source = str(pretrained_model_name_or_path)
@@ -210,15 +213,17 @@ def _sort(arguments: dict[str, Any]) -> _Request:
     if options.pop("load_in_4bit", False) and low_bit is None:
         low_bit = DEFAULT
     skip = list(options.pop("modules_to_not_convert", None) or ())
+    overrides = dict(options.pop("overrides", None) or {})
     dtype = options.pop("torch_dtype", None)
     options["dtype"] = _dtype_of(options.get("dtype") or dtype)
     foreign = options.pop("quantization_config", None)
     if foreign is not None:
         taken = _from_bitsandbytes(foreign)
         low_bit, skip = low_bit or taken["low_bit"], skip or taken["skip"]
+        overrides = overrides or taken["overrides"]
         options["dtype"] = options["dtype"] or taken["dtype"]
     fmt = resolve(low_bit) if low_bit is not None else None
-    return _Request(fmt, skip, options)
+    return _Request(fmt, skip, overrides, options)
 
 
 def _dtype_of(value: Any) -> torch.dtype | None:
@@ -234,7 +239,8 @@ def _dtype_of(value: Any) -> torch.dtype | None:
 def _from_bitsandbytes(config: Any) -> dict[str, Any]:
     """The nearest format to a `BitsAndBytesConfig`, as IPEX-LLM took it: nf4, fp4, int4, bf16; 8 bits as sym_int8."""
     if isinstance(config, LowBitConfig):
-        return {"low_bit": config.low_bit, "skip": config.modules_to_not_convert, "dtype": None}
+        taken = {"low_bit": config.low_bit, "skip": config.modules_to_not_convert, "overrides": config.overrides}
+        return {**taken, "dtype": None}
     get = config.get if isinstance(config, Mapping) else lambda name: getattr(config, name, None)
     names = {"nf4": "nf4", "fp4": "fp4", "int4": "sym_int4", "bf16": "bf16"}
     if get("load_in_8bit"):
@@ -251,6 +257,7 @@ def _from_bitsandbytes(config: Any) -> dict[str, Any]:
     return {
         "low_bit": low_bit,
         "skip": list(get("llm_int8_skip_modules") or ()),
+        "overrides": {},
         "dtype": _dtype_of(get("bnb_4bit_compute_dtype")),
     }
 
@@ -301,7 +308,7 @@ def _load(auto_class: Any, folder: Path, source: str, request: _Request, stored:
     fmt, options = request.format, request.options
     plain = PLAIN_DTYPES.get(fmt.name) if fmt else None
     if not stored and fmt is not None and fmt.quantized:
-        options["quantization_config"] = LowBitConfig(fmt.name, request.skip)
+        options["quantization_config"] = LowBitConfig(fmt.name, request.skip, request.overrides)
     # A folder of ours knows the dtype that it was saved in.
     options["dtype"] = options["dtype"] or plain or ("auto" if stored else torch.bfloat16)
     try:

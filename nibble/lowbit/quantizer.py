@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from nibble.errors import ModelError
+from nibble.errors import FormatError, ModelError
 from nibble.lowbit.blocks import quantize
-from nibble.lowbit.formats import DEFAULT, resolve
+from nibble.lowbit.formats import DEFAULT, Format, resolve
 from nibble.lowbit.linear import LowBitLinear
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class LowBitConfig(QuantizationConfigMixin):
         self,
         low_bit: str = DEFAULT,
         modules_to_not_convert: list[str] | None = None,
+        overrides: dict[str, str] | None = None,
         layout: int = LAYOUT,
         **_: Any,
     ) -> None:
@@ -55,6 +56,8 @@ class LowBitConfig(QuantizationConfigMixin):
             low_bit: name of a format.
             modules_to_not_convert: modules that stay as they are: a name such as `lm_head` or `layers.0.mlp` means
                 every module whose dotted path holds it, whole parts only (`layers.1` is not `layers.11`).
+            overrides: names, as above -> another format for these modules; "bf16" and "fp16" mean that they stay as
+                they are. Where several match a module, the last one counts.
             layout: version of the stored form.
 
         Raises:
@@ -64,6 +67,9 @@ class LowBitConfig(QuantizationConfigMixin):
         self.quant_method = METHOD  # type: ignore[assignment]
         self.low_bit = resolve(low_bit).name
         self.modules_to_not_convert = list(modules_to_not_convert or [])
+        if not isinstance(overrides, dict | None):
+            raise FormatError("overrides is not a table of formats.", 'Write it as {"lm_head": "sym_int8"}.')
+        self.overrides = {pattern: resolve(name).name for pattern, name in (overrides or {}).items()}
         if layout > LAYOUT:
             raise ModelError(
                 "This model was packed by a later version of Nibble.", "Update Nibble, or quantize it again."
@@ -71,6 +77,14 @@ class LowBitConfig(QuantizationConfigMixin):
         self.layout = layout
         self.refused = Refused()
         """Weights that could not be packed, and why; transformers itself reports them in a table and a RuntimeError."""
+
+    def format_of(self, module: str) -> Format | None:
+        """The format in which the linear layer of this dotted path is packed; None: it stays as it is."""
+        if any(_names(pattern, module) for pattern in self.modules_to_not_convert):
+            return None
+        matches = [name for pattern, name in self.overrides.items() if _names(pattern, module)]
+        fmt = resolve(matches[-1] if matches else self.low_bit)
+        return fmt if fmt.quantized else None
 
     def to_dict(self) -> dict[str, Any]:
         """What is written to config.json."""
@@ -100,9 +114,8 @@ class LowBitQuantizer(HfQuantizer):
         return not self.pre_quantized and tensor == "weight" and isinstance(model.get_submodule(path), LowBitLinear)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        fmt = resolve(self.quantization_config.low_bit)
-        names = self._names_to_convert(model)
-        for name in names:
+        formats = self.formats(model)
+        for name, fmt in formats.items():
             layer: Any = model.get_submodule(name)
             packed = LowBitLinear(
                 (layer.out_features, layer.in_features), fmt,
@@ -111,26 +124,33 @@ class LowBitQuantizer(HfQuantizer):
             # Otherwise transformers would try to draw random numbers for a weight that is missing.
             packed._is_hf_initialized = True  # type: ignore[assignment]
             model.set_submodule(name, packed)
-        self._untie(model, {f"{name}.weight" for name in names})
+        self._untie(model, {f"{name}.weight" for name in formats})
         if not self.pre_quantized:
-            _keep_stored_precision(model, {f"{name}.weight" for name in names} | set(self.tied.values()))
+            _keep_stored_precision(model, {f"{name}.weight" for name in formats} | set(self.tied.values()))
 
-    def _names_to_convert(self, model: PreTrainedModel) -> list[str]:
+    def formats(self, model: PreTrainedModel) -> dict[str, Format]:
+        """Path of every linear layer that is packed -> how.
+
+        Raises:
+            ModelError: there is none.
+        """
+        config = self.quantization_config
         layers = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-        asked = self.quantization_config.modules_to_not_convert
         # Their code casts activations to the dtype of these layers' weights.
-        kept = [*asked, *(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
-        names = [name for name in layers if not any(_names(pattern, name) for pattern in kept)]
-        for pattern in asked:
-            if not any(_names(pattern, name) for name, _ in model.named_modules()):
-                log.warning("modules_to_not_convert: no module is called %s.", pattern)
-        if not names:
+        kept = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
+        wanted = {name: config.format_of(name) for name in layers if not any(_names(part, name) for part in kept)}
+        formats = {name: fmt for name, fmt in wanted.items() if fmt is not None}
+        for setting in ("modules_to_not_convert", "overrides"):
+            for pattern in getattr(config, setting):
+                if not any(_names(pattern, name) for name, _ in model.named_modules()):
+                    log.warning("%s: no module is called %s.", setting, pattern)
+        if not formats:
             raise ModelError(
                 f"{type(model).__name__} has no linear layer to pack ({len(layers)} are excluded).",
                 "Load it in bf16, or exclude fewer modules.",
             )
-        log.info("%d of %d linear layers are packed as %s.", len(names), len(layers), self.quantization_config.low_bit)
-        return names
+        log.info("%d of %d linear layers are packed as %s.", len(formats), len(layers), config.low_bit)
+        return formats
 
     def _untie(self, model: PreTrainedModel, packed: set[str]) -> None:
         """Forget ties of packed weights: they are read from the same tensor of the file, but no longer share memory."""
@@ -202,17 +222,19 @@ class _Pack(ConversionOps):
         self.config = config
 
     def convert(  # type: ignore[override]
-        self, input_dict: dict[str, Any], *args: Any, **kwargs: Any
+        self, input_dict: dict[str, Any], *args: Any, model: PreTrainedModel, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}
         for name, value in input_dict.items():
-            tensors |= self.pack(name, value[0] if isinstance(value, list) else value)
+            tensors |= self.pack(model, name, value[0] if isinstance(value, list) else value)
         return tensors
 
-    def pack(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Codes and scales of one weight, under their names."""
+    def pack(self, model: PreTrainedModel, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Codes and scales of one weight, under their names, in the format of its layer."""
+        layer = model.get_submodule(name.rpartition(".")[0])
+        assert isinstance(layer, LowBitLinear)
         try:
-            result = quantize(weight, self.config.low_bit)
+            result = quantize(weight, layer.format.name)
         except ModelError as error:
             self.config.refused[name] = error
             raise
@@ -230,7 +252,7 @@ class _PackTied(_Pack):
         first, *others = target_patterns
         tensors = {first: weight.to(model.get_parameter(first).dtype)}
         for name in others:
-            tensors |= self.pack(name, weight)
+            tensors |= self.pack(model, name, weight)
         return tensors
 
 
@@ -261,24 +283,27 @@ def _let_go_of_files(model: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
-def pack_model(model: PreTrainedModel, low_bit: str, skip: Sequence[str] = ()) -> PreTrainedModel:
+def pack_model(
+    model: PreTrainedModel, low_bit: str, skip: Sequence[str] = (), overrides: Mapping[str, str] | None = None
+) -> PreTrainedModel:
     """Pack the linear layers of a model that is loaded already, in place; it can then be saved like any packed one.
 
     Args:
         model: in full precision, on the CPU or an accelerator.
         low_bit: name of a format.
         skip: as `LowBitConfig`'s modules_to_not_convert.
+        overrides: as there.
 
     Raises:
         FormatError, ModelError: as `LowBitConfig`; the model has no linear layer to pack, or numbers that do not fit.
     """
-    quantizer = LowBitQuantizer(LowBitConfig(low_bit, list(skip)))
-    names = quantizer._names_to_convert(model)
-    for name in names:
+    quantizer = LowBitQuantizer(LowBitConfig(low_bit, list(skip), dict(overrides or {})))
+    formats = quantizer.formats(model)
+    for name, fmt in formats.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
-        model.set_submodule(name, LowBitLinear.from_linear(layer, low_bit))
-    quantizer._untie(model, {f"{name}.weight" for name in names})
+        model.set_submodule(name, LowBitLinear.from_linear(layer, fmt.name))
+    quantizer._untie(model, {f"{name}.weight" for name in formats})
     model.config.quantization_config = quantizer.quantization_config
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     return model
