@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -21,7 +20,7 @@ from chat.talk import Form, Progress, Visitor, check_message, last_question, liv
 from nibble.chats import ChatStore, Conversation, Entry, Turn
 from nibble.config import Settings
 from nibble.engines.base import Chunk, EngineInfo, Message, Sampling
-from nibble.errors import NibbleError
+from nibble.errors import NibbleError, log_unforeseen
 
 log = logging.getLogger(__name__)
 
@@ -236,9 +235,8 @@ class Desk:
                     yield Progress(conversation, "" if chunk.finish_reason else live(chunk, answer, visitor))
         except NibbleError as error:
             answer.error, answer.error_kind = str(error), type(error).__name__
-        except Exception as error:
-            number = secrets.token_hex(3)
-            log.error("answer failed, id %s", number, exc_info=error)
+        except Exception as error:  # noqa: BLE001 - the border of the chat: the turn must tell what became of it
+            number = log_unforeseen(error, "answer")
             answer.error, answer.error_kind = visitor.say("internal", value=number), "Internal"
         finally:
             writing.stop.set()

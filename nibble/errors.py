@@ -4,6 +4,13 @@ Promises that every message says what was wrong and where, and every hint what t
 shown: the console prints them on standard error, the page renders them in the chat, an endpoint returns one sentence.
 """
 
+from __future__ import annotations
+
+import logging
+import secrets
+
+log = logging.getLogger(__name__)
+
 
 class NibbleError(Exception):
     """Something a person can mend.
@@ -52,3 +59,15 @@ class JobError(NibbleError):
 
 class DataError(NibbleError):
     """A data set file that cannot be trained on as it is."""
+
+
+def log_unforeseen(error: BaseException, what: str) -> str:
+    """Log an error that no sentence was written for, and return the id under which a person finds it in the log.
+
+    Args:
+        error: what was caught at a border: of the page, an endpoint, a thread or a job.
+        what: what failed, in a few words such as "answer".
+    """
+    number = secrets.token_hex(3)
+    log.error("%s failed, id %s", what, number, exc_info=error)
+    return number

@@ -7,10 +7,8 @@ Knows nothing of models: `answer` is the engine's. Batching would take several r
 
 from __future__ import annotations
 
-import logging
 import math
 import queue
-import secrets
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -19,9 +17,7 @@ from dataclasses import dataclass, replace
 
 from nibble.engines.base import Chunk, EngineInfo, Message, Sampling
 from nibble.engines.queue import FairQueue
-from nibble.errors import EngineDied, NibbleError
-
-log = logging.getLogger(__name__)
+from nibble.errors import EngineDied, NibbleError, log_unforeseen
 
 BEAT_S = 0.1
 """How often a waiting reader looks at its stop event."""
@@ -124,8 +120,7 @@ class ThreadedEngine(ABC):
         """The sentence for whatever `answer` raised; the details go to the log under an id."""
         if isinstance(error, NibbleError):
             return error
-        number = secrets.token_hex(3)
-        log.error("answer failed, id %s", number, exc_info=error)
+        number = log_unforeseen(error, "answer")
         kind = type(error).__name__
         return NibbleError(
             f"The answer failed inside the model ({kind}).", f"The log has the details under id {number}."
