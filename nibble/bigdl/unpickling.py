@@ -11,13 +11,12 @@ import pickle
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from nibble import __version__, publish
@@ -30,56 +29,13 @@ from nibble.engines.wire import pack_error
 from nibble.errors import ModelError, NibbleError
 from nibble.lowbit.blocks import QuantizedTensor
 from nibble.lowbit.quantizer import LowBitConfig
+from nibble.shards import Writer
 from nibble.transformers import TOKENIZER_FILES
-
-SHARD_BYTES = 4 * 2**30
-"""Largest file of the result; no more than this is held in memory at once."""
 
 DENSE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The library's names of formats in which nothing is packed."""
 
 KEPT = (*TOKENIZER_FILES, "generation_config.json")
-
-
-@dataclass
-class Writer:
-    """Writes tensors into shards as they come."""
-
-    folder: Path
-    shards: list[list[str]] = field(default_factory=list)
-    total: int = 0
-
-    def __post_init__(self) -> None:
-        self._held: dict[str, torch.Tensor] = {}
-        self._bytes = 0
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take one tensor; writes a file where a shard is full."""
-        self._held[name] = tensor.contiguous()
-        self._bytes += tensor.nbytes
-        self.total += tensor.nbytes
-        if self._bytes >= SHARD_BYTES:
-            self._write()
-
-    def finish(self) -> None:
-        """Write what is left, and the index where there is more than one shard."""
-        self._write()
-        if len(self.shards) == 1:
-            (self.folder / _shard(0)).rename(self.folder / "model.safetensors")
-            return
-        index = {name: _shard(number) for number, names in enumerate(self.shards) for name in names}
-        text = json.dumps({"metadata": {"total_size": self.total}, "weight_map": index}, indent=2)
-        (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-
-    def _write(self) -> None:
-        if self._held:
-            save_file(self._held, self.folder / _shard(len(self.shards)), metadata={"format": "pt"})
-            self.shards.append(list(self._held))
-            self._held, self._bytes = {}, 0
-
-
-def _shard(number: int) -> str:
-    return f"model-{number + 1:05}.safetensors"
 
 
 def convert_here(folder: Path, out: Path) -> Converted:

@@ -1,0 +1,204 @@
+"""The task `quantize`: a model in low bit, in one or more formats, into home/models.
+
+Promises that a path is taken from a console alone, that every folder is whole or not there, and that what went wrong is
+a sentence. Knows nothing of how formats are stored.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nibble import library
+from nibble.bigdl.convert import convert
+from nibble.bigdl.folders import saved_format
+from nibble.checkpoint import read_config
+from nibble.config import Settings, check_keys, load_settings
+from nibble.errors import ModelError
+from nibble.lowbit.formats import ALIASES, resolve
+from nibble.tasks import Report, download
+
+KEYS = ["model", "low_bit", "out", "skip", "overrides", "evaluate", "text", "pick", "home", "config", "paths", "resume"]
+"""What a spec may say; only `model` must be there: a name, a hub's org/name or, where `paths`, a folder or GGUF file.
+`low_bit`: formats, one folder each; none keeps the forms that the source has. `out`: a name (default MODEL-FORMAT).
+`skip`, `overrides`: as `LowBitConfig`. `evaluate`: measure what was lost. `home`, `config`, `paths` and `text`, a file,
+are never a visitor's to choose."""
+
+REMOTE = re.compile(r"[\w.-]+/[\w.-]+|https://\S+")
+"""A model on a hub."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+"""Environment of the libraries: their progress bars would fill the log."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """A spec, checked."""
+
+    model: str
+    low_bit: tuple[str, ...] = ()
+    out: str = ""
+    skip: tuple[str, ...] = ()
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    evaluate: bool = True
+    text: str = ""
+    paths: bool = False
+
+
+def run(spec: Mapping[str, Any], report: Report) -> dict[str, Any]:
+    """Quantize a model.
+
+    Args:
+        spec: see KEYS.
+        report: told the stages `download`, `pack` and `evaluate`.
+
+    Returns:
+        `models`, a list of `name`, `folder`, `format`, `bytes` and `quality` for each, and `report`, the quality of all.
+
+    Raises:
+        NibbleError: a spec, model or format that cannot be used; no room on the disk.
+    """
+    check_keys(spec, KEYS, "quantize")
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
+    settings = load_settings({"home": spec.get("home") or None}, Path(spec["config"]) if spec.get("config") else None)
+    order = order_from(spec)
+    origin = _origin(order, settings, report)
+    try:
+        models = _pack(order, origin, settings, report)
+    except OSError as error:
+        raise _disk(error, settings.home_folder) from error
+    return {"models": models, "report": None}
+
+
+def order_from(spec: Mapping[str, Any]) -> Order:
+    """The order that a spec describes.
+
+    Raises:
+        ModelError, FormatError: something in it is not what it must be.
+    """
+    model = str(spec.get("model") or "").strip()
+    if not model:
+        raise ModelError("No model is named.", "Name one that is here, or one on a hub: org/name.")
+    names = spec.get("low_bit") or ()
+    formats = [resolve(name) for name in (names.split(",") if isinstance(names, str) else names)]
+    for fmt in formats:
+        if not fmt.quantized:
+            raise ModelError(
+                f"{fmt.name} packs nothing.", "Choose a low-bit format; a model in full precision is loaded as it is."
+            )
+    out = str(spec.get("out") or "").strip()
+    if out == library.GUIDE or (out and not library.NAME.fullmatch(out)):
+        raise ModelError(
+            f"{out!r} cannot be a model's name here.",
+            f"Use letters, digits, dots, dashes and underscores, and not {library.GUIDE}.",
+        )
+    overrides = {str(pattern): resolve(name).name for pattern, name in (spec.get("overrides") or {}).items()}
+    return Order(
+        model, tuple(dict.fromkeys(fmt.name for fmt in formats)), out, tuple(map(str, spec.get("skip") or ())),
+        overrides, bool(spec.get("evaluate", True)), str(spec.get("text") or ""), bool(spec.get("paths")),
+    )  # fmt: skip
+
+
+def _origin(order: Order, settings: Settings, report: Report) -> Path:
+    """The folder or file of the model that is to be quantized; one on a hub is downloaded first."""
+    home = settings.home_folder
+    file = Path(order.model).expanduser()
+    if order.paths and file.suffix == ".gguf" and file.is_file():
+        return file.resolve()
+    try:
+        return library.find(order.model, home, paths=order.paths)
+    except ModelError:
+        if not REMOTE.fullmatch(order.model):
+            raise
+    spec = {"repo": order.model, "home": str(home), "hubs": list(settings.hubs)}
+    here = home / "models" / download.request_from(spec, settings).target
+    if not here.is_dir():
+        download.run(spec, _Renamed(report))
+    return here
+
+
+class _Renamed:
+    """A report whose every stage is called `download`."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self.note = report.note
+
+    def progress(self, done: float, total: float, unit: str = "", stage: str = "") -> None:
+        """As `nibble.tasks.Report`."""
+        self._report.progress(done, total, unit, "download")
+
+
+def _pack(order: Order, origin: Path, settings: Settings, report: Report) -> list[dict[str, Any]]:
+    if origin.is_dir() and (origin / "config.json").exists() and saved_format(read_config(origin)):
+        return [_convert(order, origin, settings, report)]
+    # These import torch; a refusal above needs none.
+    from nibble.packing import Packing, pack, plan
+    from nibble.sources import open_source
+
+    name = library.GUIDE if origin == library.GUIDE_FOLDER else origin.stem if origin.is_file() else origin.name
+    trusted = name in settings.trust_remote_code
+    source = open_source(origin, trusted=trusted)
+    packings = [Packing(low_bit, order.skip, order.overrides) for low_bit in order.low_bit or ("",)]
+    formats = order.low_bit or (plan(source, packings[0]).config.low_bit,)
+    folders = _folders(order, name, formats, settings.home_folder, origin)
+    written = pack(source, dict(zip(folders, packings, strict=True)), report)
+    return [
+        {
+            "name": packed.folder.name, "folder": str(packed.folder), "format": packed.format, "bytes": packed.nbytes,
+            "from_bytes": sum(stored.nbytes for stored in source.tensors.values()), "kept": packed.kept, "quality": None,
+        }
+        for packed in written
+    ]  # fmt: skip
+
+
+def _folders(order: Order, name: str, formats: tuple[str, ...], home: Path, origin: Path) -> list[Path]:
+    """Where each format goes.
+
+    Raises:
+        ModelError: onto the model itself.
+    """
+    stem = order.out or name
+    names = [stem] if order.out and len(formats) == 1 else [f"{stem}-{fmt}" for fmt in formats]
+    folders = [home / "models" / each for each in names]
+    if origin in folders:
+        raise ModelError(
+            f"{origin.name} would be replaced by its own low-bit form.", "Choose another name: --out NAME."
+        )
+    return folders
+
+
+def _convert(order: Order, origin: Path, settings: Settings, report: Report) -> dict[str, Any]:
+    """A folder of BigDL-LLM or IPEX-LLM: taken as it is stored."""
+    saved = saved_format(read_config(origin))
+    name = ALIASES.get(saved, saved)
+    if order.low_bit not in ((), (name,)) or order.skip or order.overrides:
+        raise ModelError(
+            f"{origin.name} was packed as {saved} by BigDL-LLM or IPEX-LLM, and packing it again would lose twice.",
+            "Convert it as it is, without a format; or quantize the full-precision model that it was made from.",
+        )
+    [folder] = _folders(order, origin.name, (name,), settings.home_folder, origin)
+    result = convert(origin, folder, lambda done, total: report.progress(done, total, "B", "pack"))
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    before = sum(file.stat().st_size for file in origin.glob("*.bin"))
+    return {
+        "name": folder.name, "folder": str(folder), "format": result.format, "bytes": size, "from_bytes": before,
+        "quality": None,
+    }  # fmt: skip
+
+
+def _disk(error: OSError, home: Path) -> ModelError:
+    if error.errno in FULL:
+        return ModelError(
+            "The disk became full while the model was written; nothing was changed.",
+            f"Make room in {home}, then start again.",
+        )
+    return ModelError(f"Writing failed: {error.strerror or error}.", f"Check {home} and its permissions.")
