@@ -26,8 +26,9 @@ from dataclasses import dataclass
 import torch
 
 from nibble.errors import ModelError
-from nibble.lowbit.blocks import QuantizedTensor, pack_bits, quantize
+from nibble.lowbit.blocks import QuantizedTensor, quantize
 from nibble.lowbit.formats import FORMATS
+from nibble.lowbit.ggml import Blocks, halves, number, packed
 
 BLOCK = 64
 """Weights that share a scale there, in every format."""
@@ -90,64 +91,21 @@ def out_features(nbytes: int, name: str, in_features: int) -> int:
     return nbytes // (in_features // BLOCK * layout_of(name).nbytes)
 
 
-def _number(blocks: torch.Tensor, start: int, dtype: torch.dtype) -> torch.Tensor:
-    """The number that stands at byte `start` of each block: [out, blocks]."""
-    return blocks[..., start : start + dtype.itemsize].contiguous().view(dtype).squeeze(-1)
-
-
-def _nibbles(data: torch.Tensor) -> torch.Tensor:
-    """Codes [..., 64] of bytes [..., 32]: the low halves, then the high ones."""
-    return torch.cat((data & 15, data >> 4), dim=-1)
-
-
-def _fifth_bits(data: torch.Tensor) -> torch.Tensor:
-    """Bits [..., 64] of bytes [..., 8], the lowest first."""
-    places = torch.arange(8, dtype=torch.uint8, device=data.device)
-    return ((data.unsqueeze(-1) >> places) & 1).flatten(-2)
-
-
-def _packed(name: str, codes: torch.Tensor, scales: torch.Tensor, in_features: int) -> QuantizedTensor:
-    """Our form of codes [out, blocks, 64], uint8, and scales [out, blocks, ...]; smaller blocks share a scale."""
-    fmt = FORMATS[name]
-    parts = BLOCK // fmt.block
-    codes = codes.unflatten(-1, (parts, fmt.block)).flatten(1, 2)
-    scales = scales.repeat_interleave(parts, dim=1).to(getattr(torch, fmt.scale))
-    return QuantizedTensor(fmt, pack_bits(codes, fmt.bits), scales.contiguous(), in_features)
-
-
-def _integers(name: str, fifth: bool, minimum: bool) -> Callable[[torch.Tensor, int], QuantizedTensor]:
-    def unpack_integers(blocks: torch.Tensor, in_features: int) -> QuantizedTensor:
-        scales = _number(blocks, 0, torch.float16)
-        if minimum:
-            scales = torch.stack((scales, _number(blocks, 2, torch.float16)), dim=-1)
-        start = 4 if minimum else 2
-        codes = _nibbles(blocks[..., -32:])
-        if fifth:
-            codes = codes | (_fifth_bits(blocks[..., start : start + 8]) << 4)
-        return _packed(name, codes, scales, in_features)
-
-    return unpack_integers
-
-
-def _int8(blocks: torch.Tensor, in_features: int) -> QuantizedTensor:
-    return _packed("sym_int8", blocks[..., 4:], _number(blocks, 0, torch.float32), in_features)
-
-
 def _nf4(blocks: torch.Tensor, in_features: int) -> QuantizedTensor:
-    low, high = _nibbles(blocks[..., 2:]).chunk(2, dim=-1)
-    return _packed("nf4", torch.cat((high, low), dim=-1), _number(blocks, 0, torch.float16), in_features)
+    low, high = halves(blocks[..., 2:]).chunk(2, dim=-1)
+    return packed("nf4", torch.cat((high, low), dim=-1), number(blocks, 0, torch.float16), in_features)
 
 
 def _fp4(blocks: torch.Tensor, in_features: int) -> QuantizedTensor:
     # bitsandbytes' fp4, which is ours, lacks the number 0.5 of E2M1.
     table = torch.tensor([16 + twice for twice in E2M1], dtype=torch.uint8, device=blocks.device)
-    codes = table[_nibbles(blocks[..., 2:]).int()]
-    return _packed("sym_int5", codes, _number(blocks, 0, torch.float16) / 2, in_features)
+    codes = table[halves(blocks[..., 2:]).int()]
+    return packed("sym_int5", codes, number(blocks, 0, torch.float16) / 2, in_features)
 
 
 def _fp8_e4m3(blocks: torch.Tensor, in_features: int) -> QuantizedTensor:
     codes = blocks[..., 4:].contiguous().view(torch.float8_e4m3fn).float()
-    return quantize((codes * (_number(blocks, 0, torch.float32) / 256).unsqueeze(-1)).flatten(1), "fp8_e4m3")
+    return quantize((codes * (number(blocks, 0, torch.float32) / 256).unsqueeze(-1)).flatten(1), "fp8_e4m3")
 
 
 def _fp8_e5m2(blocks: torch.Tensor, in_features: int) -> QuantizedTensor:
@@ -157,16 +115,21 @@ def _fp8_e5m2(blocks: torch.Tensor, in_features: int) -> QuantizedTensor:
 
 def _fp8(blocks: torch.Tensor, in_features: int) -> QuantizedTensor:
     """What `fp8` meant: e5m2, which has no scale, in ipex-llm; e4m3 in bigdl-llm 2.4."""
-    plain = bool((_number(blocks, 0, torch.float32) == 1).all())
+    plain = bool((number(blocks, 0, torch.float32) == 1).all())
     return (_fp8_e5m2 if plain else _fp8_e4m3)(blocks, in_features)
 
 
+def _integers(name: str, scale: torch.dtype = torch.float16) -> Layout:
+    blocks = Blocks(name, BLOCK, scale)
+    return Layout(blocks.nbytes, blocks.unpack)
+
+
 LAYOUTS: dict[str, Layout] = {
-    "sym_int4": Layout(34, _integers("sym_int4", fifth=False, minimum=False)),
-    "asym_int4": Layout(36, _integers("asym_int4", fifth=False, minimum=True)),
-    "sym_int5": Layout(42, _integers("sym_int5", fifth=True, minimum=False)),
-    "asym_int5": Layout(44, _integers("asym_int5", fifth=True, minimum=True)),
-    "sym_int8": Layout(68, _int8),
+    "sym_int4": _integers("sym_int4"),
+    "asym_int4": _integers("asym_int4"),
+    "sym_int5": _integers("sym_int5"),
+    "asym_int5": _integers("asym_int5"),
+    "sym_int8": _integers("sym_int8", torch.float32),
     "nf4": Layout(34, _nf4),
     "fp4": Layout(34, _fp4),
     "fp8_e5m2": Layout(68, _fp8_e5m2),
