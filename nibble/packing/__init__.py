@@ -4,7 +4,7 @@ Promises the very tensors that loading the checkpoint in low bit and saving it w
 or not there. What already has the wanted form is taken as it is, bit for bit.
 """
 
-from nibble.packing.plan import Packing, Plan, plan
-from nibble.packing.write import Packed, pack
+from nibble.packing.planning import Packing, Plan, plan
+from nibble.packing.writing import Packed, pack
 
 __all__ = ["Packed", "Packing", "Plan", "pack", "plan"]

@@ -19,7 +19,7 @@ import torch
 from nibble import __version__, publish
 from nibble.errors import ModelError
 from nibble.lowbit.blocks import QuantizedTensor, quantize
-from nibble.packing.plan import Output, Packing, Plan, dense, plan
+from nibble.packing.planning import Output, Packing, Plan, dense, plan
 from nibble.shards import SHARD_BYTES, Writer
 from nibble.sources.base import Source, Stored
 from nibble.transformers import AutoModelForCausalLM, count_parameters
