@@ -35,6 +35,7 @@ from nibble.engines.bigdl import judge
 from nibble.errors import NibbleError
 from nibble.library import find
 from nibble.lowbit.formats import resolve
+from nibble.operator import Operator
 from nibble.throttle import LoginThrottle
 from nibble.words import LANGUAGES
 
@@ -107,14 +108,16 @@ def words() -> gr.I18n:
     return gr.I18n(en=tables["en"], zh=tables["zh"], **{"zh-CN": tables["zh"], "zh-TW": tables["zh"]})
 
 
-def build_app(settings: Settings, host: chat.Host | None = None) -> gr.Blocks:
+def build_app(settings: Settings, host: chat.Host | None = None, config: str = "") -> gr.Blocks:
     """The page, not yet served.
 
     Args:
         settings: what is set.
         host: whoever holds the model; None makes the real one, with nothing loaded yet.
+        config: absolute path of the settings file that was named; empty where none was.
     """
-    return _build(settings, host or _host(settings), words())
+    holder = host or _host(settings)
+    return _build(settings, holder, Operator(holder, settings, config), words())
 
 
 def _host(settings: Settings) -> chat.Host:
@@ -123,23 +126,31 @@ def _host(settings: Settings) -> chat.Host:
     return ModelHost(settings)
 
 
-def _build(settings: Settings, host: chat.Host, i18n: gr.I18n) -> gr.Blocks:
+def _build(settings: Settings, host: chat.Host, operator: Operator, i18n: gr.I18n) -> gr.Blocks:
     with gr.Blocks(title="Nibble", fill_height=True, fill_width=True, analytics_enabled=False) as page:
         status = gr.HTML(elem_id="top", container=False, padding=False)
+        # First, so that they get their names: the page's own events are named after their functions.
+        models_ui.build_endpoints(operator, public=settings.public)
         with gr.Tabs(elem_id="tabs"):
-            with gr.Tab(i18n("chat"), elem_id="chat-tab", id="chat"):
-                chat.build(i18n, page, host, settings, status)
-            with gr.Tab(i18n("models"), elem_id="models-tab", id="models"):
-                models_ui.build(i18n)
-            with gr.Tab(i18n("finetune"), elem_id="finetune-tab", id="finetune"):
+            with gr.Tab(i18n("chat"), elem_id="chat-tab", id="chat") as talking:
+                standing = chat.build(chat.Frame(i18n, page, talking, status), host, operator, settings)
+            if not settings.public:
+                with gr.Tab(i18n("models"), elem_id="models-tab", id="models") as shelf:
+                    frame = models_ui.Frame(i18n, shelf, status, standing)
+                    bench = models_ui.build(frame, operator)
+            with gr.Tab(i18n("finetune"), elem_id="finetune-tab", id="finetune") as teaching:
                 finetune_ui.build(i18n)
+        if not settings.public:
+            bench.rest_behind(talking, teaching)
     # The engine's own queue decides whose turn it is; Gradio's only keeps a flood of calls out.
     page.queue(max_size=settings.queue_size, default_concurrency_limit=None, api_open=False)
     return page
 
 
-def build_server(settings: Settings, host: chat.Host | None = None) -> hosting.Guard:
+def build_server(settings: Settings, host: chat.Host | None = None, config: str = "") -> hosting.Guard:
     """The whole server as an ASGI application: guard, doorstep, /health, the page. Loads the model once it runs.
+
+    Arguments are as `build_app`'s.
 
     Raises:
         NibbleError: settings that must not be served.
@@ -147,6 +158,7 @@ def build_server(settings: Settings, host: chat.Host | None = None) -> hosting.G
     hosting.check_binding(settings)
     address = hosting.parse_root_path(settings.root_path, settings.port)
     holder, i18n = host or _host(settings), words()
+    page = _build(settings, holder, Operator(holder, settings, config), i18n)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -165,7 +177,7 @@ def build_server(settings: Settings, host: chat.Host | None = None) -> hosting.G
         return {"status": "ok", "model": holder.state}
 
     gr.mount_gradio_app(
-        server, _build(settings, holder, i18n), path="", server_name=settings.host, server_port=settings.port,
+        server, page, path="", server_name=settings.host, server_port=settings.port,
         footer_links=[], run_history=False, app_kwargs={"openapi_url": None, "docs_url": None, "redoc_url": None},
         auth=_login(settings.auth) if settings.auth else None, root_path=address.root_path, allowed_paths=[],
         blocked_paths=[str(settings.home_folder.resolve())], show_error=False, max_file_size="1mb", ssr_mode=False,
@@ -238,8 +250,12 @@ def check_model(settings: Settings) -> None:
     judge(folder, folder.name, trusted=folder.name in settings.trust_remote_code, settings=settings)
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings, config_file: str = "") -> None:
     """Serve the page until Ctrl+C or SIGTERM.
+
+    Args:
+        settings: what is set.
+        config_file: absolute path of the settings file that was named, which jobs read too; empty where none was.
 
     Raises:
         NibbleError: settings that must not be served, a model that cannot be loaded, an address that is not free.
@@ -250,7 +266,7 @@ def run(settings: Settings) -> None:
     door = listen(settings)
     publish.clean_all(settings.home_folder / "models")
     config = uvicorn.Config(
-        build_server(settings), log_config=None, log_level="warning", access_log=False, ws="none",
+        build_server(settings, config=config_file), log_config=None, log_level="warning", access_log=False, ws="none",
         timeout_graceful_shutdown=SHUTDOWN_S, server_header=False,
     )  # fmt: skip
     server = _Server(config)
@@ -264,7 +280,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python app.py", description="Nibble's page: chat with a model in low bit.")
     add_flags(parser, FLAGS)
     arguments = parser.parse_args(argv)
-    return guarded(lambda: run(settings_from(arguments)))
+    config = str(Path(arguments.config).resolve()) if arguments.config else ""
+    return guarded(lambda: run(settings_from(arguments), config))
 
 
 if __name__ == "__main__":

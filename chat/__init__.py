@@ -3,39 +3,55 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import gradio as gr
 
 from chat.desk import Desk, Host
 from chat.endpoints import build_endpoints
-from chat.operating import ModelWiring, Operator
+from chat.operating import ModelWiring
 from chat.widgets import build_widgets
-from chat.wiring import PRIVATE, RECALL, Changes, Wiring
+from chat.wiring import PRIVATE, RECALL, Changes, Wiring, visitor_from
 from chat.words import WORDS
 from nibble.config import Settings
 from nibble.errors import NibbleError
+from nibble.operator import Operator
 
-__all__ = ["WORDS", "Desk", "Host", "build", "load_first"]
+__all__ = ["WORDS", "Desk", "Frame", "Host", "build", "load_first"]
 
 log = logging.getLogger(__name__)
 
 
-def build(i18n: gr.I18n, page: gr.Blocks, host: Host, settings: Settings, status: gr.HTML) -> None:
+@dataclass(frozen=True)
+class Frame:
+    """What stands around the tab."""
+
+    i18n: gr.I18n
+    """Knows the words of every tab."""
+    page: gr.Blocks
+    tab: gr.Tab
+    status: gr.HTML
+    """The line over the tabs, kept up to date from here."""
+
+
+def build(frame: Frame, host: Host, operator: Operator, settings: Settings) -> Callable[[gr.Request], str]:
     """Lay the tab out, within the Tab that is open, and wire it.
 
     Args:
-        i18n: knows the words of this tab.
-        page: the Blocks that the tab stands in.
+        frame: what stands around the tab.
         host: whoever holds the model.
-        settings: in public mode nothing that loads a model is built.
-        status: the line over the tabs, kept up to date from here.
+        operator: loads models; in public mode nothing that does so is built.
+        settings: public mode, and the defaults of the model drawer.
+
+    Returns:
+        The line over the tabs, for whoever asks.
     """
     desk = Desk(host, settings)
-    operator = Operator(host, settings)
     # First, so that they get their names: the page's own events are named after their functions.
-    build_endpoints(desk, operator, public=settings.public)
-    widgets = build_widgets(i18n, operator=not settings.public)
-    wiring = Wiring(widgets, desk, status)
+    build_endpoints(desk)
+    widgets = build_widgets(frame.i18n, operator=not settings.public)
+    wiring = Wiring(widgets, desk, frame.status)
     wiring.wire()
     drawer = ModelWiring(widgets.model, operator, settings, wiring) if widgets.model else None
     outputs = list(wiring.outputs)
@@ -45,10 +61,16 @@ def build(i18n: gr.I18n, page: gr.Blocks, host: Host, settings: Settings, status
 
     async def enter(request: gr.Request, remembered: str) -> Changes:
         """The page was opened."""
-        return await wiring.enter(request, remembered) | (drawer.enter() if drawer else {})
+        return await wiring.enter(request, remembered) | (await drawer.enter() if drawer else {})
 
-    page.load(enter, widgets.remembered, outputs, js=RECALL, **PRIVATE)
-    page.unload(wiring.leave)
+    async def back(request: gr.Request) -> Changes:
+        """The tab was chosen again: models may have come and gone."""
+        return wiring.greeted(visitor_from(request)) | (await drawer.enter() if drawer else {})
+
+    frame.page.load(enter, widgets.remembered, outputs, js=RECALL, **PRIVATE)
+    frame.tab.select(back, None, outputs, **PRIVATE)
+    frame.page.unload(wiring.leave)
+    return lambda request: wiring.standing(visitor_from(request))
 
 
 async def load_first(host: Host, settings: Settings) -> None:

@@ -17,20 +17,20 @@ from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 from chat.talk import Form, Progress, Visitor, check_message, last_question, live, messages, within
+from nibble import operator
+from nibble.border import sentence
 from nibble.chats import ChatStore, Conversation, Entry, Turn
 from nibble.config import Settings
-from nibble.engines.base import Chunk, EngineInfo, Message, Sampling
-from nibble.errors import NibbleError, log_unforeseen
+from nibble.engines.base import Chunk, Message, Sampling
+from nibble.errors import NibbleError
 
 log = logging.getLogger(__name__)
 
 MOST_SEATS = 1_000
 
 
-class Host(Protocol):
+class Host(operator.Host, Protocol):
     """Whoever holds the model: `nibble.engines.host.ModelHost`."""
-
-    loading: str
 
     @property
     def state(self) -> str: ...
@@ -39,14 +39,7 @@ class Host(Protocol):
     def sentence(self) -> str: ...
 
     @property
-    def info(self) -> EngineInfo | None: ...
-
-    @property
     def waiting(self) -> int: ...
-
-    async def load(self, name: str, low_bit: str = "", device: str = "", *, paths: bool = False) -> EngineInfo: ...
-
-    async def unload(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -236,8 +229,7 @@ class Desk:
         except NibbleError as error:
             answer.error, answer.error_kind = str(error), type(error).__name__
         except Exception as error:  # noqa: BLE001 - the border of the chat: the turn must tell what became of it
-            number = log_unforeseen(error, "answer")
-            answer.error, answer.error_kind = visitor.say("internal", value=number), "Internal"
+            answer.error, answer.error_kind = sentence(error, visitor.language), "Internal"
         finally:
             writing.stop.set()
             if not answer.error and not answer.finish_reason:

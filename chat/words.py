@@ -95,10 +95,6 @@ WORDS = Words(
             "{label}：{value} 不是数字。留空则用模型默认值。",
         ),
         "gone": ("This chat no longer exists.", "这个对话已不存在。"),
-        "internal": (
-            "Something went wrong here. The log has the details under id {value}.",
-            "这里出了问题。日志中编号 {value} 有详情。",
-        ),
         # the model
         "loaded": (
             "{model} is loaded in {format} on {device}, in {seconds:.1f} s.",

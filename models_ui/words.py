@@ -1,23 +1,163 @@
-"""What the Models tab says, in English and Chinese."""
+"""What the Models tab says, in English and Chinese: key -> (English, Chinese).
+
+Knows nothing of when it is said. Values in braces are filled in by `Words.say`. The fixed labels lie in one table with
+those of the other tabs: no key stands in two.
+"""
 
 from nibble.words import Words
 
 WORDS = Words(
     {
+        # fixed labels
         "models": ("Models", "模型"),
-        "models_intro": (
-            "### Get, shrink and keep models\n\nDownloading, quantizing and judging models here in the page is on "
-            "its way. Until then, the console downloads "
-            "(`.venv/bin/python -m nibble download Qwen/Qwen2-1.5B-Instruct`), "
-            "and these Python lines, run with `.venv/bin/python` in Nibble's folder, download, shrink and keep:",
-            "### 获取、压缩与管理模型\n\n网页里的下载、量化和评测功能正在开发中。目前可以在终端下载："
-            "`.venv/bin/python -m nibble download Qwen/Qwen2-1.5B-Instruct`；"
-            "也可以在 Nibble 文件夹里用 `.venv/bin/python` 运行下面几行，"
-            "下载、压缩并保存：",
+        "get": ("Get", "获取"),
+        "get_intro": ("A model from a hub, with its weights as safetensors.", "从模型社区下载（safetensors 权重）。"),
+        "repo": ("Model on the hub", "模型名称"),
+        "hub": ("Hub", "模型社区"),
+        "hub_own": ("as in the settings", "按配置"),
+        "get_more": ("Revision, GGUF file, name", "版本、GGUF 文件、名称"),
+        "revision": ("Revision", "版本"),
+        "revision_info": ("branch, tag or commit", "分支、标签或提交"),
+        "gguf": ("One GGUF file", "单个 GGUF 文件"),
+        "gguf_info": ("instead of the safetensors", "代替 safetensors"),
+        "name_here": ("Name here", "本机名称"),
+        "start_get": ("Download", "下载"),
+        "console": ("The same in the console", "对应的命令行"),
+        "shrink": ("Shrink", "压缩"),
+        "shrink_intro": ("One new model for each format that you choose.", "每选一种格式，生成一个新模型。"),
+        "source": ("Model", "源模型"),
+        "source_info": ("one that is here, or a hub's org/name", "本机模型，或社区上的 org/name"),
+        "start_shrink": ("Start", "开始"),
+        "advanced": ("Name, mixed bits, pick for me", "名称、混合精度、自动挑选"),
+        "out": ("Name of what is made", "新模型名称"),
+        "out_info": ("empty: the model's name and the format", "留空：模型名加格式"),
+        "skip": ("Keep in full precision", "保持全精度的模块"),
+        "skip_info": ("modules, with commas between: lm_head, layers.0", "模块名，用逗号分隔：lm_head, layers.0"),
+        "overrides": ("A format of their own", "单独指定格式"),
+        "overrides_info": ("a line each: layers.0.mlp=sym_int8", "每行一条：layers.0.mlp=sym_int8"),
+        "judge_after": ("Measure what was lost", "完成后评测损失"),
+        "pick_memory": ("At most this much memory (GB)", "内存上限（GB）"),
+        "pick_kl": ("At most this much lost (mean KL, nats)", "损失上限（平均 KL，nat）"),
+        "pick_intro": (
+            "**Pick for me** tries the formats on a short text, gives the worst layers more bits, and makes the "
+            "smallest model that stays within these limits.",
+            "**自动挑选**：在一小段文本上试各种格式，给最差的层更多比特，生成满足上限的最小模型。",
         ),
-        "models_after": (
-            "Put a saved folder into `models` in Nibble's home (`~/.nibble`), and the Chat tab offers it under Model.",
-            "把保存好的文件夹放进 Nibble 主目录（`~/.nibble`）的 `models` 里，就能在“对话”页的“模型”中选择它。",
+        "start_pick": ("Pick for me", "自动挑选"),
+        "keep_models": ("Keep", "管理"),
+        "shelf_load": ("Load", "加载"),
+        "shelf_unload": ("Unload", "卸载"),
+        "shelf_judge": ("Evaluate", "评测"),
+        "shelf_delete": ("Delete", "删除"),
+        "shelf_delete_really": ("Delete for good", "确认删除"),
+        "shelf_keep": ("Keep it", "保留"),
+        "jobs": ("Jobs", "任务"),
+        # the table of formats
+        "th_format": ("Format", "格式"),
+        "th_disk": ("Disk", "磁盘"),
+        "th_memory": ("Memory", "内存"),
+        "th_speed": ("Tokens/s", "词元/秒"),
+        "th_lost": ("Lost (KL)", "损失（KL）"),
+        "bits": ("{value:g} bits", "{value:g} 比特"),
+        "as_stored": ("as it is stored", "保持原有格式"),
+        "peak": ("At most {peak} while it is made and loaded.", "生成和加载时最多 {peak}。"),
+        "fits": ("Fits this machine.", "这台机器放得下。"),
+        "too_large": ("Does not fit this machine.", "这台机器放不下。"),
+        "legend": (
+            "● fits this machine, ○ does not. Estimates; **Lost** is measured by evaluating the model.",
+            "● 放得下，○ 放不下。均为估计值；“损失”由评测得出。",
         ),
+        "measuring": ("Measuring this machine's speed…", "正在测量这台机器的速度……"),
+        "not_here": (
+            "Memory and speed are known once the model is here.",
+            "下载到本机后才能估计内存和速度。",
+        ),
+        # the library
+        "th_model": ("Model", "模型"),
+        "th_size": ("Size", "大小"),
+        "is_in": ("loaded", "已加载"),
+        "adapter": ("adapter", "适配器"),
+        "to_shrink": ("to be shrunk first", "需先压缩"),
+        "cannot": ("cannot be used", "无法使用"),
+        "disk_use": ("Models take {used}; {free} are free.", "模型占用 {used}，剩余 {free}。"),
+        "choose_one": ("Choose a model to see what is known of it.", "选择一个模型查看详情。"),
+        "family": ("Family", "模型家族"),
+        "parameters": ("Parameters", "参数量"),
+        "context_length": ("Context", "上下文"),
+        "context_tokens": ("{value:,} tokens", "{value:,} 词元"),
+        "chat_template": ("Chat template", "对话模板"),
+        "no_template": ("none", "无"),
+        "estimated": ("Estimated", "估计"),
+        "estimated_line": (
+            "{memory} of memory, {speed} tokens/s in {format}",
+            "{format}：内存 {memory}，{speed} 词元/秒",
+        ),
+        # the report
+        "report": ("What was lost", "量化损失"),
+        "no_report": ("Not measured yet: Evaluate does so.", "尚未评测：点“评测”。"),
+        "th_perplexity": ("Perplexity", "困惑度"),
+        "th_kl": ("KL mean", "KL 均值"),
+        "th_kl95": ("KL 95 %", "KL 95 %"),
+        "th_top1": ("Same top token", "首选一致"),
+        "th_load": ("Load", "加载"),
+        "reference": ("{format}, the reference", "{format}（参照）"),
+        "report_of": (
+            "On {tokens:,} tokens of {text}, {device}. KL in nats a token against the reference.",
+            "文本 {text}，{tokens:,} 个词元，{device}。KL 单位 nat/词元，相对参照。",
+        ),
+        "chart": ("Size against loss: lower left is better", "大小与损失：越靠左下越好"),
+        "worst": ("Worst layers", "误差最大的层"),
+        "th_layer": ("Layer", "层"),
+        "th_error": ("Error", "误差"),
+        # jobs
+        "no_jobs": ("No jobs yet.", "还没有任务。"),
+        "waiting": ("waiting", "等待中"),
+        "running": ("running", "进行中"),
+        "done": ("done", "完成"),
+        "failed_job": ("failed", "失败"),
+        "stopped_job": ("stopped", "已停止"),
+        "killed": ("killed", "被系统终止"),
+        "job_download": ("Get {what}", "获取 {what}"),
+        "job_quantize": ("Shrink {what} to {formats}", "压缩 {what} 为 {formats}"),
+        "job_evaluate": ("Evaluate {what}: {formats}", "评测 {what}：{formats}"),
+        "job_other": ("{task} {what}", "{task} {what}"),
+        "every_format": ("every format", "全部格式"),
+        "own_format": ("its own format", "原有格式"),
+        "picked_format": ("what fits best", "最合适的格式"),
+        "stage_downloading": ("downloading", "下载"),
+        "stage_download": ("downloading", "下载"),
+        "stage_checking": ("checking", "校验"),
+        "stage_pack": ("shrinking", "压缩"),
+        "stage_evaluate": ("measuring", "评测"),
+        "left": ("{value} left", "剩余 {value}"),
+        "took": ("took {value}", "用时 {value}"),
+        "do_stop": ("Stop", "停止"),
+        "do_resume": ("Resume", "继续"),
+        "do_log": ("Log", "日志"),
+        "do_load": ("Load {what}", "加载 {what}"),
+        "no_log": ("The log is empty.", "日志为空。"),
+        # what is said under a card
+        "began": ("Begun: {what}. It goes on when this page is closed.", "已开始：{what}。关闭网页也会继续。"),
+        "refused": ("{error}", "未能完成：{error}"),
+        "loading_now": ("{model} is being loaded…", "正在加载 {model}……"),
+        "is_loaded": (
+            "{model} is loaded in {format} on {device}, in {seconds:.1f} s.",
+            "{model} 已加载：{format}，{device}，用时 {seconds:.1f} 秒。",
+        ),
+        "is_unloaded": ("No model is loaded now; its memory is free again.", "模型已卸载，内存已释放。"),
+        "deleted": ("{model} is deleted; {size} are free again.", "{model} 已删除，释放 {size}。"),
+        "delete_asks": (
+            "Delete {model} ({size})? It cannot be brought back.",
+            "删除 {model}（{size}）？删除后无法恢复。",
+        ),
+        "stopping": ("Stopping {what}…", "正在停止 {what}……"),
+        "no_formats": ("Choose at least one format.", "请至少选择一种格式。"),
+        "stored_alone": (
+            "“As it is stored” stands alone: start the other formats after it.",
+            "“保持原有格式”只能单独选择，其他格式请另外开始。",
+        ),
+        "no_limit": ("Give a limit for memory, for what is lost, or for both.", "请填写内存上限或损失上限。"),
+        "no_number": ("{label}: {value} is not a number above 0.", "{label}：{value} 不是大于 0 的数。"),
+        "no_rule": ("{value} is not of the form module=format.", "{value} 不是“模块=格式”的形式。"),
     }
 )

@@ -40,7 +40,11 @@ INSIDE = {
     "tasks": READING
     | {"tasks", "jobs", "hub", "transformers", "lowbit", "devices", "publish"}
     | {"sources", "packing", "quality", "estimate", "bigdl"},
-    "operator": READING | {"operator", "engines", "jobs", "estimate", "probe", "quality", "publish", "lowbit.formats"},
+    "border": {"border", "words"},
+    "wishes": READING | {"wishes", "lowbit.formats"},
+    "operator": READING
+    | {"operator", "wishes", "engines", "jobs", "estimate", "probe", "quality", "publish", "lowbit.formats"}
+    | {"tasks.download"},
     "commands": READING | {"commands", "engines", "devices", "hosting", "jobs", "estimate", "lowbit.formats"},
     "hosting": {"hosting"},
     "hub": {"hub", "library", "screen", "publish"},
@@ -57,7 +61,7 @@ TORCH_FREE = (
     "nibble.jobs", "nibble.tasks", "nibble.tasks.download", "nibble.hub", "nibble.commands.download",
     "nibble.data", "nibble.data.preview",
     "nibble.engines.bigdl", "nibble.bigdl.folders", "nibble.bigdl.older_folder", "nibble.bigdl.convert",
-    "nibble.compat",
+    "nibble.compat", "nibble.operator",
 )  # fmt: skip
 
 

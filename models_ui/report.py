@@ -1,0 +1,144 @@
+"""The report on what a model lost in low bit: its table, its chart, its worst layers. Pure HTML and SVG.
+
+Promises that nothing of a file reaches the page unescaped. Knows nothing of Gradio, nor of how it was measured: the
+form is that of `nibble.quality.measure`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from models_ui.view import NOTHING, Say, nats, speed, table
+from nibble.jobs.progress import size
+
+Plain = Mapping[str, Any]
+
+WIDTH, HEIGHT = 480, 260
+LEFT, RIGHT, TOP, BOTTOM = 52, 96, 14, 34
+"""Of the chart, in its own units: it is as wide as its card. The names of the rightmost points need room."""
+
+LINE = 13
+"""Height of a name in the chart."""
+
+
+def report(known: Plain, say: Say) -> str:
+    """The whole report; says so where nothing was measured yet."""
+    rows = list(known.get("formats", ()))
+    if not rows:
+        return f"<h5>{say('report')}</h5><p class='small'>{say('no_report')}</p>"
+    text = known["text"]
+    under = say("report_of", tokens=text["tokens"], text=text["name"], device=known["device"])
+    lines = [_row(known["reference"], say, reference=True)] if known.get("reference") else []
+    lines += [_row(row, say) for row in rows]
+    keys = ("format", "perplexity", "kl", "kl95", "top1", "size", "speed")
+    parts = [f"<h5>{say('report')}</h5>", table([say(f"th_{key}") for key in keys], lines, "quality")]
+    parts += [f"<p class='small'>{under}</p>", chart(rows, say), worst(rows, say)]
+    return "".join(parts)
+
+
+def _row(row: Plain, say: Say, *, reference: bool = False) -> str:
+    name = say("reference", format=row["format"]) if reference else escape(row["format"])
+    top1 = row.get("top1")
+    perplexity = row.get("perplexity")
+    cells = [
+        f"{perplexity:,.3f}" if perplexity is not None else NOTHING,
+        NOTHING if reference else nats(row.get("kl_mean")),
+        NOTHING if reference else nats(row.get("kl_p95")),
+        NOTHING if reference or top1 is None else f"{100 * top1:.1f} %",
+        size(row["size_bytes"]) if row.get("size_bytes") else NOTHING,
+        speed(row.get("tokens_per_s")),
+    ]
+    return f"<tr><th scope='row'>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def worst(rows: Sequence[Plain], say: Say) -> str:
+    """The layers with the largest error of each format, folded."""
+    parts = []
+    for row in rows:
+        layers = row.get("layers") or ()
+        if layers:
+            lines = [
+                f"<tr><th scope='row'>{escape(layer['name'])}</th><td>{100 * layer['error']:.2f} %</td></tr>"
+                for layer in layers
+            ]
+            body = table([say("th_layer"), say("th_error")], lines, "layers")
+            parts.append(f"<details><summary>{say('worst')}: {escape(row['format'])}</summary>{body}</details>")
+    return "".join(parts)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A format in the chart, in its units."""
+
+    name: str
+    x: float
+    y: float
+    told: str
+
+
+def chart(rows: Sequence[Plain], say: Say) -> str:
+    """Size against KL, one point for each format; the loss by its logarithm. Empty for fewer than two formats."""
+    kept = [row for row in rows if row.get("size_bytes") and (row.get("kl_mean") or 0) > 0]
+    if len(kept) < 2:
+        return ""
+    sizes = [row["size_bytes"] for row in kept]
+    losses = [math.log10(row["kl_mean"]) for row in kept]
+    low, high = math.floor(min(losses)), math.ceil(max(losses))
+    high = max(high, low + 1)
+    least, most = 0.95 * min(sizes), 1.02 * max(sizes)
+    across, down = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+
+    def x(value: float) -> float:
+        return LEFT + across * (value - least) / (most - least)
+
+    def y(value: float) -> float:
+        return TOP + down * (high - value) / (high - low)
+
+    grid = "".join(
+        f"<line x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{y(power):.1f}' y2='{y(power):.1f}'/>"
+        f"<text x='{LEFT - 6}' y='{y(power) + 4:.1f}' text-anchor='end'>{10.0**power:g}</text>"
+        for power in range(low, high + 1)
+    )
+    marks = (least + share * (most - least) for share in (0, 0.5, 1))
+    grid += "".join(
+        f"<text x='{x(mark):.1f}' y='{HEIGHT - 16}' text-anchor='middle'>{size(mark)}</text>" for mark in marks
+    )
+    grid += f"<text x='{WIDTH - RIGHT}' y='{HEIGHT - 2}' text-anchor='end'>{say('th_size')}</text>"
+    grid += f"<text x='{LEFT - 44}' y='{TOP - 4}'>KL</text>"
+    points = [
+        Point(row["format"], x(row["size_bytes"]), y(loss), f"{size(row['size_bytes'])}, KL {nats(row['kl_mean'])}")
+        for row, loss in zip(kept, losses, strict=True)
+    ]
+    drawn = "".join(_point(point, line) for point, line in zip(points, _lines(points), strict=True))
+    return (
+        f"<figure><figcaption>{say('chart')}</figcaption><svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' "
+        f"aria-label='{say('chart')}'>{grid}{drawn}</svg></figure>"
+    )
+
+
+def _point(point: Point, line: float) -> str:
+    lead = f"<line class='lead' x1='{point.x:.1f}' y1='{point.y:.1f}' x2='{point.x + 10:.1f}' y2='{line:.1f}'/>"
+    return (
+        f"<g><title>{escape(point.name)}: {escape(point.told)}</title>{lead}"
+        f"<circle cx='{point.x:.1f}' cy='{point.y:.1f}' r='4'/>"
+        f"<text class='name' x='{point.x + 12:.1f}' y='{line + 4:.1f}'>{escape(point.name)}</text></g>"
+    )
+
+
+def _lines(points: Sequence[Point]) -> list[float]:
+    """Where each point's name stands, so that no two names of points near each other overlap."""
+    placed: list[tuple[float, float]] = []
+    lines = dict.fromkeys(range(len(points)), 0.0)
+    for number in sorted(lines, key=lambda number: points[number].y):
+        point = points[number]
+        line = point.y
+        for other_x, other_line in sorted(placed, key=lambda item: item[1]):
+            if abs(other_x - point.x) < RIGHT and abs(other_line - line) < LINE:
+                line = other_line + LINE
+        placed.append((point.x, line))
+        lines[number] = line
+    return list(lines.values())

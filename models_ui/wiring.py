@@ -1,0 +1,320 @@
+"""What happens when an operator does something in the Models tab.
+
+A handler reads the values, calls one method of the operator, and says what changes on the page; what blocks goes to a
+thread. Every event here is private; the endpoints for scripts stand in `models_ui.endpoints`. Knows nothing of how work
+is done: a job goes on whatever becomes of the page.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import gradio as gr
+
+from models_ui import forms, view
+from models_ui.console import command
+from models_ui.joblist import joblist, made, title
+from models_ui.report import report
+from models_ui.view import Say, told
+from models_ui.widgets import Widgets
+from models_ui.words import WORDS
+from nibble.border import sentence
+from nibble.errors import ModelError, NibbleError
+from nibble.jobs import LIVE
+from nibble.jobs.progress import size
+from nibble.lowbit.formats import FORMATS
+from nibble.operator import Operator
+from nibble.wishes import Download, Evaluate
+from nibble.words import language_of
+
+Changes = dict[Any, Any]
+"""Widget -> what becomes of it."""
+
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+QUICK: dict[str, Any] = {**PRIVATE, "queue": False}
+
+SHOWN_JOBS = 12
+LOG_LINES = 40
+
+
+def say_from(request: gr.Request) -> Say:
+    """The words in the caller's language."""
+    return Say(language_of(request.headers.get("accept-language")))
+
+
+class Wiring:
+    """The handlers of one page, and the widgets that they change."""
+
+    def __init__(
+        self, widgets: Widgets, operator: Operator, status: gr.HTML, standing: Callable[[gr.Request], str]
+    ) -> None:
+        self.w = widgets
+        self.operator = operator
+        self.status = status
+        self.standing = standing
+
+    def wire(self, tab: gr.Tab) -> None:
+        """Attach every handler."""
+        get, shrink, keep = self.w.get, self.w.shrink, self.w.keep
+        here = [keep.library, shrink.source, self.w.jobs]
+        work = [self.w.jobs, self.w.live, self.w.timer]
+        shelf = [
+            keep.library, keep.known, keep.disk, keep.load, keep.unload, keep.judge, keep.delete, keep.really,
+            keep.asks, shrink.source, shrink.formats,
+        ]  # fmt: skip
+        tab.select(self.opened, here, [*shelf, *work], **PRIVATE).then(self.measured, here, shelf, **PRIVATE)
+        self.w.timer.tick(self.tick, [*here, self.w.live], [*shelf, *work, self.status], **QUICK)
+
+        get.start.click(self.get, get.fields, [get.said, *work], **PRIVATE)
+        gr.on([field.change for field in get.fields], self.get_line, get.fields, get.console, **QUICK)
+
+        shrink.source.change(self.formats, shrink.source, shrink.formats, **QUICK)
+        shrink.start.click(self.shrink, shrink.fields, [shrink.said, *work], **PRIVATE)
+        shrink.pick.click(self.pick, [*shrink.fields, shrink.memory, shrink.loss], [shrink.said, *work], **PRIVATE)
+        gr.on([field.change for field in shrink.fields], self.shrink_line, shrink.fields, shrink.console, **QUICK)
+
+        keep.library.change(self.choose, here, [*shelf, keep.said], **QUICK)
+        keep.load.click(self.load, here, [*shelf, keep.said, self.status], **PRIVATE)
+        keep.unload.click(self.unload, here, [*shelf, keep.said, self.status], **PRIVATE)
+        keep.judge.click(self.judge, keep.library, [keep.said, *work], **PRIVATE)
+        keep.delete.click(self.ask, keep.library, [keep.really, keep.asks], **QUICK)
+        keep.keep.click(lambda: gr.Column(visible=False), None, keep.really, **QUICK)
+        keep.delete_really.click(self.delete, here, [*shelf, keep.said], **PRIVATE)
+
+        self.w.jobs.change(self.unfold, self.w.jobs, work, **QUICK)
+        self.w.jobs.act(self.act, here, [*shelf, *work, keep.said, self.status], **PRIVATE)
+
+    def rest_behind(self, *others: gr.Tab) -> None:
+        """Look no longer at the jobs while another tab is open."""
+        for tab in others:
+            tab.select(lambda: gr.Timer(active=False), None, self.w.timer, **QUICK)
+
+    # What the page shows.
+
+    async def shelf(self, say: Say, chosen: str, source: str) -> Changes:
+        """The library, the chosen model, and the formats of the source."""
+        return await asyncio.to_thread(self._shelf, say, chosen, source)
+
+    def _shelf(self, say: Say, chosen: str, source: str) -> Changes:
+        models = self.operator.shelf()
+        by_name = {model["name"]: model for model in models}
+        dense = [name for name, model in by_name.items() if not model["problem"] and _can_shrink(model)]
+        source = source or (dense[0] if dense else "")
+        model = by_name.get(chosen)
+        usable = model is not None and not model["problem"]
+        loadable = usable and model is not None and model.get("kind", "model") == "model"
+        loaded = model is not None and model["loaded"]
+        keep = self.w.keep
+        changes: Changes = {
+            keep.library: gr.update(value=chosen if model else "", rows=view.library(models, chosen, say)),
+            keep.known: self._known(model, say),
+            keep.disk: f"<p class='small'>{self._disk(say)}</p>",
+            keep.load: gr.update(interactive=loadable and not loaded),
+            keep.unload: gr.update(interactive=loaded),
+            keep.judge: gr.update(interactive=loadable),
+            keep.delete: gr.update(interactive=model is not None and not loaded and chosen != "guide"),
+            keep.really: gr.update(visible=False),
+            self.w.shrink.source: gr.update(choices=dense, value=source or None),
+        }
+        return changes | {self.w.shrink.formats: gr.update(rows=self._formats(say, source, by_name.get(source)))}
+
+    def _known(self, model: dict[str, Any] | None, say: Say) -> str:
+        if model is None:
+            return f"<p class='small'>{say('choose_one')}</p>"
+        facts = view.facts(model, say)
+        return facts if model["problem"] else facts + report(self.operator.report(model["name"]), say)
+
+    def _disk(self, say: Say) -> str:
+        used, free = self.operator.disk_use()
+        return say("disk_use", used=size(used), free=size(free))
+
+    def _formats(self, say: Say, source: str, model: dict[str, Any] | None) -> str:
+        if model is None:
+            return view.formats((), {}, say)
+        estimates = self.operator.estimates(source)
+        note = "" if self.operator.measured else "measuring"
+        stored = model.get("kind") == "source"
+        return view.formats(estimates, self.operator.report(source), say, source=stored, note=note)
+
+    async def work(self, say: Say, unfolded: str) -> Changes:
+        """The jobs, and whether there is something to look at."""
+        return await asyncio.to_thread(self._work, say, unfolded)
+
+    def _work(self, say: Say, unfolded: str) -> Changes:
+        jobs = self.operator.jobs(SHOWN_JOBS)
+        log = ""
+        if unfolded in [job["id"] for job in jobs]:
+            log = "\n".join(self.operator.job(unfolded).log().splitlines()[-LOG_LINES:])
+        live = [job["id"] for job in jobs if job["state"] in LIVE]
+        shown = gr.update(rows=joblist(jobs, unfolded, log, say))
+        return {self.w.jobs: shown, self.w.live: live, self.w.timer: gr.Timer(active=bool(live))}
+
+    # What an operator does.
+
+    async def opened(self, request: gr.Request, chosen: str, source: str, unfolded: str) -> Changes:
+        """The tab was opened."""
+        say = say_from(request)
+        chosen = chosen or next(iter(self.operator.loaded), "")
+        return await self.shelf(say, chosen, source) | await self.work(say, unfolded)
+
+    async def measured(self, request: gr.Request, chosen: str, source: str, unfolded: str) -> Changes:
+        """The tab is open: once the machine's speed is known, the estimates appear."""
+        if self.operator.measured:
+            return gr.skip()
+        await asyncio.to_thread(self.operator.measure)
+        return await self.shelf(say_from(request), chosen, source)
+
+    async def tick(self, request: gr.Request, chosen: str, source: str, unfolded: str, lived: Sequence[str]) -> Changes:
+        """A second has gone by while a job lives. What a job has made is in the library at once."""
+        say = say_from(request)
+        changes = await self.work(say, unfolded)
+        ended = set(lived) - set(changes[self.w.live])
+        if not ended:
+            return changes
+        for job_id in sorted(ended):
+            job = (await asyncio.to_thread(self.operator.job, job_id)).as_dict()
+            judged = [str(job["spec"]["model"])] if job["task"] == "evaluate" and job["state"] == "done" else []
+            chosen = next(reversed(made(job) or judged), chosen)
+        return changes | await self.shelf(say, chosen, source) | {self.status: self.standing(request)}
+
+    async def _begin(self, request: gr.Request, said: gr.HTML, start: Callable[[], dict[str, Any]]) -> Changes:
+        """Start a job, and show it among the others; or say why not."""
+        say = say_from(request)
+        try:
+            job = await asyncio.to_thread(start)
+        except Exception as error:  # noqa: BLE001 - the border of the page
+            return {said: self._refused(error, say)}
+        began = WORDS.say("began", say.language, what=title(job, say.language))
+        return {said: told(began)} | await self.work(say, "")
+
+    def _refused(self, error: Exception, say: Say) -> str:
+        return told(WORDS.say("refused", say.language, error=sentence(error, say.language)), wrong=True)
+
+    async def get(self, request: gr.Request, *fields: str) -> Changes:
+        """The button Download."""
+        wish = Download(*(field or "" for field in fields))
+        return await self._begin(request, self.w.get.said, lambda: self.operator.download(wish))
+
+    async def get_line(self, *fields: str) -> str:
+        """The same in the console."""
+        spec = Download(*(field or "" for field in fields)).spec()
+        return command("download", spec) if spec.get("repo") else ""
+
+    async def formats(self, request: gr.Request, source: str) -> Changes:
+        """Another source was chosen: what each format costs there."""
+        say = say_from(request)
+        models = await asyncio.to_thread(self.operator.cards)
+        model = next((model for model in models if model["name"] == source), None)
+        return {self.w.shrink.formats: gr.update(rows=await asyncio.to_thread(self._formats, say, source, model))}
+
+    async def shrink(self, request: gr.Request, *fields: Any) -> Changes:
+        """The button Start."""
+        language = say_from(request).language
+        return await self._begin(
+            request, self.w.shrink.said, lambda: self.operator.quantize(forms.quantize(language, *fields))
+        )
+
+    async def pick(self, request: gr.Request, *values: Any) -> Changes:
+        """The button Pick for me: the formats that are ticked do not count."""
+        language = say_from(request).language
+        *fields, memory, loss = values
+
+        def start() -> dict[str, Any]:
+            most = forms.limit(language, "pick_memory", memory, 1e9)
+            worst = forms.limit(language, "pick_kl", loss)
+            if most is None and worst is None:
+                raise NibbleError(WORDS.say("no_limit", language))
+            wish = forms.quantize(language, fields[0], [view.STORED], *fields[2:])
+            return self.operator.quantize(replace(wish, memory_bytes=most, max_kl=worst))
+
+        return await self._begin(request, self.w.shrink.said, start)
+
+    async def shrink_line(self, request: gr.Request, *fields: Any) -> str:
+        """The same in the console; nothing while the fields make no wish."""
+        try:
+            wish = forms.quantize(say_from(request).language, *fields)
+            return command("quantize", {"model": wish.model} | wish.spec()) if wish.model else ""
+        except NibbleError:
+            return ""
+
+    async def choose(self, request: gr.Request, chosen: str, source: str, unfolded: str) -> Changes:
+        """A model was chosen."""
+        return await self.shelf(say_from(request), chosen, source) | {self.w.keep.said: ""}
+
+    async def load(self, request: gr.Request, chosen: str, source: str, unfolded: str) -> AsyncIterator[Changes]:
+        """The button Load."""
+        say, keep = say_from(request), self.w.keep
+        waits = told(WORDS.say("loading_now", say.language, model=chosen))
+        yield {keep.said: waits, keep.load: gr.update(interactive=False)}
+        try:
+            info = await self.operator.load(chosen)
+            said = told(
+                WORDS.say(
+                    "is_loaded", say.language, model=info.model, format=info.format, device=info.device,
+                    seconds=info.load_s,
+                )
+            )  # fmt: skip
+        except Exception as error:  # noqa: BLE001 - the border of the page
+            said = self._refused(error, say)
+        yield await self.shelf(say, chosen, source) | {keep.said: said, self.status: self.standing(request)}
+
+    async def unload(self, request: gr.Request, chosen: str, source: str, unfolded: str) -> Changes:
+        """The button Unload."""
+        say = say_from(request)
+        await self.operator.unload()
+        said = {self.w.keep.said: told(WORDS.say("is_unloaded", say.language)), self.status: self.standing(request)}
+        return await self.shelf(say, chosen, source) | said
+
+    async def judge(self, request: gr.Request, chosen: str) -> Changes:
+        """The button Evaluate."""
+        return await self._begin(request, self.w.keep.said, lambda: self.operator.evaluate(Evaluate(chosen)))
+
+    async def ask(self, request: gr.Request, chosen: str) -> Changes:
+        """The button Delete asks first."""
+        models = await asyncio.to_thread(self.operator.cards)
+        taken = next((model["size_bytes"] for model in models if model["name"] == chosen), 0)
+        asks = WORDS.say("delete_asks", say_from(request).language, model=chosen, size=size(taken))
+        return {self.w.keep.really: gr.Column(visible=True), self.w.keep.asks: told(asks, wrong=True)}
+
+    async def delete(self, request: gr.Request, chosen: str, source: str, unfolded: str) -> Changes:
+        """The button Delete for good."""
+        say = say_from(request)
+        try:
+            freed = await asyncio.to_thread(self.operator.delete, chosen)
+            said = told(WORDS.say("deleted", say.language, model=chosen, size=size(freed)))
+        except Exception as error:  # noqa: BLE001 - the border of the page
+            said = self._refused(error, say)
+        source = "" if source == chosen else source
+        return await self.shelf(say, chosen, source) | {self.w.keep.said: said}
+
+    async def unfold(self, request: gr.Request, unfolded: str) -> Changes:
+        """The log of a job is to be seen, or no longer."""
+        return await self.work(say_from(request), unfolded)
+
+    async def act(
+        self, request: gr.Request, event: gr.EventData, chosen: str, source: str, unfolded: str
+    ) -> AsyncIterator[Changes]:
+        """A button of a job."""
+        act, subject = str(event.act), str(event.subject)
+        if act == "load":
+            async for changes in self.load(request, subject, source, unfolded):
+                yield changes
+            return
+        say = say_from(request)
+        said: Changes = {}
+        try:
+            if act not in ("stop", "resume"):
+                raise ModelError(f"There is no button {act[:40]!r}.")
+            await asyncio.to_thread(getattr(self.operator, act), subject)
+        except Exception as error:  # noqa: BLE001 - the border of the page
+            said = {self.w.keep.said: self._refused(error, say)}
+        yield await self.work(say, unfolded) | said
+
+
+def _can_shrink(model: dict[str, Any]) -> bool:
+    """Whether low-bit models can be made of it: it is in full precision, or in a form that is converted."""
+    form = FORMATS.get(model["format"])
+    return model.get("kind", "model") == "source" or form is None or not form.quantized

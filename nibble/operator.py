@@ -1,0 +1,227 @@
+"""What an operator of the page may do: load and let go models, get them, shrink them, judge them, delete them, and see
+to the jobs that do so.
+
+Promises that a model is named, by its name here or its id on a hub, and never given as a path; that whatever is wrong
+with a wish is said before any work starts; and that nothing here blocks longer than reading small files, but for `stop`
+and `measure`, which say so. In public mode nothing of it is built. Knows nothing of Gradio, torch and languages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from nibble import jobs, library
+from nibble.config import Settings
+from nibble.engines.base import EngineInfo
+from nibble.engines.bigdl import judge, models
+from nibble.errors import ModelError
+from nibble.jobs import Job
+from nibble.library import ModelCard
+from nibble.tasks.download import request_from
+from nibble.wishes import Download, Evaluate, Quantize, text
+
+MOST_JOBS = 200
+
+
+class Host(Protocol):
+    """Whoever holds the model: the part of `nibble.engines.host.ModelHost` that an operator needs."""
+
+    loading: str
+
+    @property
+    def info(self) -> EngineInfo | None: ...
+
+    async def load(self, name: str, low_bit: str = "", device: str = "", *, paths: bool = False) -> EngineInfo: ...
+
+    async def unload(self) -> None: ...
+
+
+class Operator:
+    """What may be done, and what there is to know, with the models and jobs of one home."""
+
+    def __init__(self, host: Host, settings: Settings, config: str = "") -> None:
+        """
+        Args:
+            host: holds the model that answers.
+            settings: home, device, hubs and whose own code may run.
+            config: absolute path of the settings file that the server was started with; empty where there was none.
+        """
+        self.host = host
+        self._settings = settings
+        self._config = config
+
+    @property
+    def home(self) -> Path:
+        """Nibble's home folder."""
+        return self._settings.home_folder
+
+    @property
+    def device(self) -> str:
+        """The kind of device on which models are judged: of two jobs there, one waits."""
+        if self._settings.device != "auto":
+            return self._settings.device
+        return self.host.info.device.partition(":")[0] if self.host.info else "cpu"
+
+    # The models that are here.
+
+    def cards(self) -> list[dict[str, Any]]:
+        """The models on this machine as plain data, without their paths."""
+        return [self._plain(card) for card in self._cards()]
+
+    def shelf(self) -> list[dict[str, Any]]:
+        """As `cards`, each with its estimate (in the format that it would be loaded in) and what it has lost."""
+        return self.cards()
+
+    @property
+    def measured(self) -> bool:
+        """Whether this machine's speed is known, on which the estimates rest."""
+        return True
+
+    def measure(self) -> None:
+        """Measure this machine, where that has not been done; takes some seconds then."""
+
+    def estimates(self, name: str) -> list[dict[str, Any]]:
+        """What a model would take in each format: none while this machine has not been measured."""
+        return []
+
+    def report(self, name: str) -> dict[str, Any]:
+        """What is known of what a model has lost; empty where it was never measured."""
+        return {}
+
+    def delete(self, name: str) -> int:
+        """Delete a model that is not loaded; the bytes that this frees."""
+        return library.delete(name, self.home, loaded=self.loaded)
+
+    def disk_use(self) -> tuple[int, int]:
+        """Bytes that the models take, and that are free on their disk."""
+        return 0, 0
+
+    def names(self) -> list[str]:
+        """The models that can be loaded: those in the library, and the folder that the page was started with."""
+        return [card.name for card in self._cards() if not card.problem]
+
+    def _cards(self) -> list[ModelCard]:
+        cards = models(self._settings)
+        own = self._own()
+        if own is not None and own.name not in [card.name for card in cards]:
+            cards.insert(0, judge(own, own.name, trusted=False, settings=self._settings))
+        return cards
+
+    def _own(self) -> Path | None:
+        """The folder that the page was started with, where it is none of the library's."""
+        folder = Path(self._settings.model).expanduser()
+        return folder if folder.is_dir() and folder.name != self._settings.model else None
+
+    def _plain(self, card: ModelCard) -> dict[str, Any]:
+        fields = asdict(card)
+        del fields["folder"]
+        problem = card.problem.replace(str(card.folder), card.name)
+        return {**fields, "problem": problem, "loaded": card.name in self.loaded}
+
+    @property
+    def loaded(self) -> set[str]:
+        """Names of the model that answers and of the one that is being loaded."""
+        name = self.host.info.model if self.host.info else ""
+        return {name, self.host.loading} - {""}
+
+    async def load(self, name: str, low_bit: str = "", device: str = "") -> EngineInfo:
+        """Load a model by its name; empty takes the server's settings.
+
+        Raises:
+            NibbleError: there is no such model, format or device, or it cannot be loaded.
+        """
+        name, low_bit, device = (text(value) for value in (name, low_bit, device))
+        own = self._own()
+        if own is not None and name == own.name:
+            return await self.host.load(str(own), low_bit, device, paths=True)
+        library.find(name, self.home)
+        return await self.host.load(name, low_bit, device)
+
+    async def unload(self) -> None:
+        """Let the model go, and the memory with it."""
+        await self.host.unload()
+
+    # Work that takes long: each starts a job, and the job is returned at once.
+
+    def download(self, wish: Download) -> dict[str, Any]:
+        """Get a model from a hub.
+
+        Raises:
+            NibbleError: no such hub, not a model's id, or the same is being fetched already.
+        """
+        spec = wish.spec()
+        request_from(spec, self._settings)
+        return self._start("download", spec | {"hubs": list(self._settings.hubs)})
+
+    def quantize(self, wish: Quantize) -> dict[str, Any]:
+        """Make low-bit models of a model.
+
+        Raises:
+            NibbleError: a name, a format or a limit that cannot be; or the same is under way already.
+        """
+        return self._start("quantize", self._source(wish.model) | wish.spec(), exclusive=self.device)
+
+    def evaluate(self, wish: Evaluate) -> dict[str, Any]:
+        """Measure what a model loses in low bit.
+
+        Raises:
+            NibbleError: as `quantize`.
+        """
+        spec = self._source(wish.model) | wish.spec()
+        if wish.against:
+            against = text(wish.against)
+            library.find(against, self.home)
+            spec["against"] = against
+        return self._start("evaluate", spec, exclusive=self.device)
+
+    def _start(self, task: str, spec: Mapping[str, Any], exclusive: str | None = None) -> dict[str, Any]:
+        own = {"home": str(self.home), "config": self._config}
+        whole = {**spec, **{key: value for key, value in own.items() if value}}
+        return jobs.start(task, whole, home=self.home, exclusive=exclusive).as_dict()
+
+    def _source(self, model: object) -> dict[str, Any]:
+        """The part of a spec that says which model: one that is here, or an id on a hub."""
+        name = text(model)
+        own = self._own()
+        if own is not None and name == own.name:
+            return {"model": str(own.resolve()), "paths": True}
+        if "/" in name:
+            request_from({"repo": name}, self._settings)
+        else:
+            library.find(name, self.home)
+        return {"model": name}
+
+    # The jobs.
+
+    def jobs(self, limit: int = 20) -> list[dict[str, Any]]:
+        """The jobs, newest first, and how it stands with them."""
+        if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= MOST_JOBS:
+            raise ModelError(f"limit is {limit!r}.", f"It must be a whole number from 1 to {MOST_JOBS}.")
+        return [job.as_dict() for job in jobs.list_jobs(self.home, limit=limit)]
+
+    def job(self, job_id: str) -> Job:
+        """One job.
+
+        Raises:
+            JobError: there is none of that id.
+        """
+        return jobs.find(text(job_id), self.home)
+
+    def stop(self, job_id: str) -> dict[str, Any]:
+        """Stop a job and all its processes; returns once they are gone, which may take ten seconds.
+
+        Raises:
+            JobError: there is no such job, or a process could not be ended.
+        """
+        return jobs.stop(text(job_id), self.home).as_dict()
+
+    def resume(self, job_id: str) -> dict[str, Any]:
+        """Start a job again that ended before its time.
+
+        Raises:
+            JobError: there is no such job, or it waits, runs or is done.
+        """
+        return jobs.resume(text(job_id), self.home).as_dict()

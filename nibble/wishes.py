@@ -1,0 +1,160 @@
+"""What an operator may wish for: a model to get, to shrink, to judge; checked, and put as a task takes it.
+
+Promises that whatever cannot be is said in one sentence, by the field's name or its value, whatever type a script sent.
+Knows nothing of what is on this machine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from nibble import library
+from nibble.errors import ModelError
+from nibble.lowbit.formats import resolve
+
+MODULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]{0,199}")
+"""Part of the dotted path of a model's module, such as lm_head or layers.0.mlp."""
+
+MOST_RULES = 1_000
+"""Modules that one wish may name: more no model has."""
+
+
+@dataclass(frozen=True)
+class Download:
+    """A model to get."""
+
+    repo: str
+    """`org/name` on the hub, or the address of its page there."""
+    hub: str = ""
+    """Empty asks those of the settings, in their order."""
+    revision: str = ""
+    file: str = ""
+    """One GGUF file, instead of the model's Hugging Face form."""
+    name: str = ""
+    """Its name here; empty is `org__name`."""
+
+    def spec(self) -> dict[str, Any]:
+        """What the task is told.
+
+        Raises:
+            ModelError: a value that is no text.
+        """
+        return {key: text(value) for key, value in asdict(self).items() if value}
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """A model to shrink."""
+
+    model: str
+    """Its name here, or its id on a hub."""
+    low_bit: Sequence[str] = ()
+    """Formats, one new model for each; none keeps what the source has (GGUF, AWQ, GPTQ)."""
+    out: str = ""
+    """Name of what is made; with several formats its beginning. Empty is `<model>-<format>`."""
+    skip: Sequence[str] = ()
+    """Modules that stay in full precision."""
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    """Module -> a format of its own."""
+    evaluate: bool = True
+    """Whether what was lost is measured afterwards."""
+    memory_bytes: float | None = None
+    max_kl: float | None = None
+    """Where one of these is set, the formats are chosen for the person: the smallest that loses no more than `max_kl`
+    nats a token and takes no more than `memory_bytes`."""
+
+    def spec(self) -> dict[str, Any]:
+        """What the task is told, but for the model.
+
+        Raises:
+            NibbleError: a name, a format or a limit that cannot be.
+        """
+        limits = {name: number(name, getattr(self, name)) for name in ("memory_bytes", "max_kl")}
+        spec = {
+            "out": new_name(self.out),
+            "skip": [module(name) for name in names(self.skip)],
+            "overrides": {module(name): resolve(text(form)).name for name, form in mapping(self.overrides).items()},
+            "pick": {name: value for name, value in limits.items() if value is not None},
+        }
+        told = {key: value for key, value in spec.items() if value}
+        return {"low_bit": formats(self.low_bit), **told, "evaluate": bool(self.evaluate)}
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """A model to judge."""
+
+    model: str
+    low_bit: Sequence[str] = ()
+    """Formats; none is every one for a model in full precision, and its own for a low-bit folder."""
+    against: str = ""
+    """The model to compare with; empty is the one that it was made from."""
+    tokens: int | None = None
+    """Length of the text; None is the task's own."""
+
+    def spec(self) -> dict[str, Any]:
+        """What the task is told, but for the models.
+
+        Raises:
+            NibbleError: a format or a number that cannot be.
+        """
+        tokens = number("tokens", self.tokens)
+        return {"low_bit": formats(self.low_bit), **({"tokens": int(tokens)} if tokens is not None else {})}
+
+
+def text(value: object) -> str:
+    """A short text, without spaces around it."""
+    if not isinstance(value, str) or len(value) > 1_000:
+        raise ModelError(f"{str(value)[:40]!r} is not a name.", "Give a short text.")
+    return value.strip()
+
+
+def new_name(value: object) -> str:
+    """A name that a model can be given; empty stays empty."""
+    name = text(value)
+    if name and (not library.NAME.fullmatch(name) or name == library.GUIDE):
+        raise ModelError(
+            f"{name[:140]!r} cannot be the name of a model.",
+            "Use letters, digits, dots, dashes and underscores, up to 128, not a dot first, and not `guide`.",
+        )
+    return name
+
+
+def module(value: object) -> str:
+    """The name of a module, or a part of it."""
+    name = text(value)
+    if not MODULE.fullmatch(name):
+        raise ModelError(f"{name[:80]!r} is not the name of a module.", "Write it as lm_head or layers.0.mlp.")
+    return name
+
+
+def names(value: object) -> Collection[object]:
+    """A list, or the parts of a text between commas."""
+    items = [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value or ()
+    if not isinstance(items, (list, tuple)) or len(items) > MOST_RULES:
+        raise ModelError(f"{str(value)[:40]!r} is not a list of names.", "Give names with commas between them.")
+    return items
+
+
+def mapping(value: object) -> Mapping[object, object]:
+    """A mapping; None is an empty one."""
+    if not isinstance(value or {}, Mapping) or len(value or {}) > MOST_RULES:  # type: ignore[arg-type]
+        raise ModelError(f"{str(value)[:40]!r} is not a mapping.", "Give modules, each with the name of a format.")
+    return value or {}  # type: ignore[return-value]
+
+
+def formats(value: object) -> list[str]:
+    """Names of formats, each once."""
+    return list(dict.fromkeys(resolve(text(name)).name for name in names(value)))
+
+
+def number(name: str, value: object) -> float | int | None:
+    """A number above 0; None stays None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ModelError(f"{name} is {str(value)[:40]!r}.", "It must be a number above 0.")
+    return value
