@@ -93,7 +93,8 @@ def _read(path: Path, data: mmap.mmap) -> Header:
         if version & 0xFFFF == 0:
             raise ModelError(f"{path.name} is a big-endian GGUF file.", "Get its little-endian version.")
         raise ModelError(
-            f"{path.name} is of GGUF version {version}; versions 2 and 3 are read here.", "Get a newer file of the model."
+            f"{path.name} is of GGUF version {version}; versions 2 and 3 are read here.",
+            "Get a newer file of the model.",
         )
     tensor_count, pair_count = struct.unpack_from("<QQ", data, 8)
     # A tensor's entry takes 24 bytes at the least, a pair's 13.
