@@ -45,6 +45,10 @@ class ModelError(NibbleError):
     """A model folder that cannot be loaded as it is."""
 
 
+class SourceError(ModelError):
+    """A sound model in a form that cannot be loaded as it is: a low-bit model can be made of it."""
+
+
 class DeviceError(NibbleError):
     """A device that was asked for and is not there, or has not enough memory."""
 

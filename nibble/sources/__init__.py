@@ -30,10 +30,11 @@ def open_source(folder: Path, *, trusted: bool = False) -> Source:
     Raises:
         ModelError: nothing that can be read, or that must not be.
     """
+    if folder.is_dir():
+        screen.check_source(folder, trusted=trusted)
     file = _gguf_file(folder)
     if file is not None:
         return _module("gguf").open(file)  # type: ignore[no-any-return]
-    screen.check(folder, trust_remote_code=trusted, tokenizer=False)
     method = str((read_config(folder).get("quantization_config") or {}).get("quant_method") or "")
     if method == "nibble":
         raise ModelError(
