@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicLayer
 from nibble.lowbit import attention
 from nibble.lowbit.int4_cpu import CpuInt4Weight, block_rows
 from nibble.lowbit.kernels import TOLERANCE
-from nibble.lowbit.linear import LowBitLinear
+from nibble.lowbit.linear import LowBitLinear, give_back_memory
 
 log = logging.getLogger(__name__)
 
@@ -241,6 +241,8 @@ def _lean_of(layer: Any) -> _Lean | None:
     if fresh is not None and not _agrees(layer, fresh):
         fresh = None
     vars(layer)["_nibble_lean"] = fresh or False
+    # The separate forms of what was joined: a third of the model, all layers together, that glibc would keep.
+    give_back_memory()
     return fresh
 
 
