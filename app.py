@@ -182,7 +182,8 @@ def build_server(settings: Settings, host: chat.Host | None = None, config: str 
         auth=_login(settings.auth) if settings.auth else None, root_path=address.root_path, allowed_paths=[],
         blocked_paths=[str(settings.home_folder.resolve())], show_error=False, max_file_size="1mb", ssr_mode=False,
         enable_monitoring=False, pwa=False, i18n=i18n, mcp_server=False, theme=theme(),
-        css=(LOOK / "style.css").read_text(encoding="utf-8"), js=(LOOK / "page.js").read_text(encoding="utf-8"),
+        css="\n".join(sheet.read_text(encoding="utf-8") for sheet in sorted(LOOK.glob("*.css"))),
+        js=(LOOK / "page.js").read_text(encoding="utf-8"),
         head=(LOOK / "head.html").read_text(encoding="utf-8"),
     )  # fmt: skip
     return hosting.Guard(LoginThrottle(Doorstep(server)), settings)

@@ -157,7 +157,7 @@ class Wiring:
     async def opened(self, request: gr.Request, chosen: str, source: str, unfolded: str) -> Changes:
         """The tab was opened."""
         say = say_from(request)
-        chosen = chosen or next(iter(self.operator.loaded), "")
+        chosen = chosen or self.operator.answering
         return await self.shelf(say, chosen, source) | await self.work(say, unfolded)
 
     async def measured(self, request: gr.Request, chosen: str, source: str, unfolded: str) -> Changes:

@@ -93,7 +93,7 @@ class Operator:
 
     def delete(self, name: str) -> int:
         """Delete a model that is not loaded; the bytes that this frees."""
-        return library.delete(name, self.home, loaded=self.loaded)
+        return library.delete(text(name), self.home, loaded={self.answering, self.host.loading} - {""})
 
     def disk_use(self) -> tuple[int, int]:
         """Bytes that the models take, and that are free on their disk."""
@@ -119,13 +119,12 @@ class Operator:
         fields = asdict(card)
         del fields["folder"]
         problem = card.problem.replace(str(card.folder), card.name)
-        return {**fields, "problem": problem, "loaded": card.name in self.loaded}
+        return {**fields, "problem": problem, "loaded": card.name == self.answering}
 
     @property
-    def loaded(self) -> set[str]:
-        """Names of the model that answers and of the one that is being loaded."""
-        name = self.host.info.model if self.host.info else ""
-        return {name, self.host.loading} - {""}
+    def answering(self) -> str:
+        """Name of the model that answers; empty where none does."""
+        return self.host.info.model if self.host.info else ""
 
     async def load(self, name: str, low_bit: str = "", device: str = "") -> EngineInfo:
         """Load a model by its name; empty takes the server's settings.
