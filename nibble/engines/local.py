@@ -28,7 +28,7 @@ from nibble.engines.threaded import ThreadedEngine, Ticket
 from nibble.errors import DeviceError, ModelError, NibbleError
 from nibble.library import GUIDE, GUIDE_FOLDER, inspect
 from nibble.lowbit.formats import FORMATS, resolve
-from nibble.lowbit.linear import kernel_name, prepare
+from nibble.lowbit.linear import give_back_memory, kernel_name, prepare
 from nibble.prompts import Template, choose_template, clean, fit
 from nibble.screen import check
 from nibble.transformers import AutoModelForCausalLM
@@ -187,6 +187,7 @@ class LocalEngine(ThreadedEngine):
         for _ in self.stream([{"role": "user", "content": words}], Sampling(max_new_tokens=3), threading.Event()):
             pass
         self._generator.forget()
+        release_memory(self._device)
         self._info = replace(self._info, warmup_s=time.perf_counter() - start)
 
     def answer(self, ticket: Ticket) -> None:
@@ -276,7 +277,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def release_memory(device: str) -> None:
     """Give memory that nothing holds any more back to the device."""
     gc.collect()
-    if device != "cpu":
+    if device == "cpu":
+        give_back_memory()
+    else:
         torch.accelerator.empty_cache()
 
 
