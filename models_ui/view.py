@@ -124,7 +124,7 @@ def _model(model: Plain, chosen: str, say: Say) -> str:
         facts = say("cannot")
     else:
         parts = [model["family"], count(model["parameters"]) if model["parameters"] else "", model["format"]]
-        kind = KINDS.get(model.get("kind", ""))
+        kind = KINDS.get(model["kind"])
         facts = " · ".join([escape(part) for part in parts if part] + ([say(kind)] if kind else []))
     loaded = f"<em>{say('is_in')}</em>" if model["loaded"] else ""
     estimate, quality = model.get("estimate") or {}, model.get("quality") or {}
@@ -151,8 +151,11 @@ def facts(model: Plain, say: Say) -> str:
         ("parameters", count(model["parameters"]) if model["parameters"] else ""),
         ("th_format", escape(model["format"])),
         ("context_length", say("context_tokens", value=model["context"]) if model["context"] else ""),
-        ("chat_template", escape(model.get("template", "")) or say("no_template")),
+        ("chat_template", say("template_own" if model["template"] else "template_family")),
+        ("base", escape(model["base"])),
     ]
+    if model["kind"] == "adapter":
+        pairs = [pair for pair in pairs if pair[0] != "chat_template"]
     estimate = model.get("estimate")
     if estimate:
         line = say(
@@ -161,7 +164,8 @@ def facts(model: Plain, say: Say) -> str:
         )  # fmt: skip
         pairs.append(("estimated", line))
     items = "".join(f"<div><dt>{say(key)}</dt><dd>{value}</dd></div>" for key, value in pairs if value)
-    return f"<h4>{escape(model['name'])}</h4><dl>{items}</dl>"
+    note = f"<p class='small'>{escape(model['note'])}</p>" if model["note"] else ""
+    return f"<h4>{escape(model['name'])}</h4><dl>{items}</dl>{note}"
 
 
 def told(text: str, *, wrong: bool = False) -> str:

@@ -156,7 +156,7 @@ def _console(i18n: gr.I18n) -> gr.Code:
     with gr.Accordion(i18n("console"), open=False, elem_classes="fold"):
         return gr.Code(
             language="shell", interactive=False, show_label=False, container=False, lines=1, wrap_lines=True,
-            elem_classes="console",
+            show_line_numbers=False, buttons=["copy"], elem_classes="console",
         )  # fmt: skip
 
 
@@ -196,7 +196,7 @@ def _shrink(i18n: gr.I18n) -> Shrink:
         with gr.Row():
             memory = _line(i18n, "pick_memory", min_width=120, elem_id="pick-memory")
             loss = _line(i18n, "pick_kl", min_width=120, elem_id="pick-kl")
-        pick = gr.Button(i18n("start_pick"), elem_classes="plain", elem_id="start-pick")
+        pick = gr.Button(i18n("start_pick"), size="md", elem_classes="plain", elem_id="start-pick")
     start = gr.Button(i18n("start_shrink"), variant="primary", elem_id="start-shrink")
     said = _said("shrink-said")
     return Shrink(

@@ -105,7 +105,7 @@ class Wiring:
         source = source or (dense[0] if dense else "")
         model = by_name.get(chosen)
         usable = model is not None and not model["problem"]
-        loadable = usable and model is not None and model.get("kind", "model") == "model"
+        loadable = usable and model is not None and model["kind"] == "model"
         loaded = model is not None and model["loaded"]
         keep = self.w.keep
         changes: Changes = {
@@ -128,15 +128,16 @@ class Wiring:
         return facts if model["problem"] else facts + report(self.operator.report(model["name"]), say)
 
     def _disk(self, say: Say) -> str:
-        used, free = self.operator.disk_use()
-        return say("disk_use", used=size(used), free=size(free))
+        use = self.operator.disk_use()
+        line = say("disk_use", used=size(use.models + use.adapters), free=size(use.free))
+        return f"{line} {say('unfinished', size=size(use.unfinished))}" if use.unfinished else line
 
     def _formats(self, say: Say, source: str, model: dict[str, Any] | None) -> str:
         if model is None:
             return view.formats((), {}, say)
         estimates = self.operator.estimates(source)
         note = "" if self.operator.measured else "measuring"
-        stored = model.get("kind") == "source"
+        stored = model["kind"] == "source"
         return view.formats(estimates, self.operator.report(source), say, source=stored, note=note)
 
     async def work(self, say: Say, unfolded: str) -> Changes:
@@ -201,7 +202,7 @@ class Wiring:
     async def get_line(self, *fields: str) -> str:
         """The same in the console."""
         spec = Download(*(field or "" for field in fields)).spec()
-        return command("download", spec) if spec.get("repo") else ""
+        return command("download", spec | self.operator.surroundings) if spec.get("repo") else ""
 
     async def formats(self, request: gr.Request, source: str) -> Changes:
         """Another source was chosen: what each format costs there."""
@@ -236,7 +237,8 @@ class Wiring:
         """The same in the console; nothing while the fields make no wish."""
         try:
             wish = forms.quantize(say_from(request).language, *fields)
-            return command("quantize", {"model": wish.model} | wish.spec()) if wish.model else ""
+            spec = {"model": wish.model, **wish.spec(), **self.operator.surroundings}
+            return command("quantize", spec) if wish.model else ""
         except NibbleError:
             return ""
 
@@ -317,4 +319,4 @@ class Wiring:
 def _can_shrink(model: dict[str, Any]) -> bool:
     """Whether low-bit models can be made of it: it is in full precision, or in a form that is converted."""
     form = FORMATS.get(model["format"])
-    return model.get("kind", "model") == "source" or form is None or not form.quantized
+    return model["kind"] == "source" or (model["kind"] == "model" and (form is None or not form.quantized))

@@ -19,7 +19,7 @@ from nibble.engines.base import EngineInfo
 from nibble.engines.bigdl import judge, models
 from nibble.errors import ModelError
 from nibble.jobs import Job
-from nibble.library import ModelCard
+from nibble.library import DiskUse, ModelCard
 from nibble.tasks.download import request_from
 from nibble.wishes import Download, Evaluate, Quantize, text
 
@@ -68,8 +68,8 @@ class Operator:
     # The models that are here.
 
     def cards(self) -> list[dict[str, Any]]:
-        """The models on this machine as plain data, without their paths."""
-        return [self._plain(card) for card in self._cards()]
+        """The models and adapters on this machine as plain data, without their paths."""
+        return [self._plain(card) for card in (*self._models(), *library.adapters(self.home))]
 
     def shelf(self) -> list[dict[str, Any]]:
         """As `cards`, each with its estimate (in the format that it would be loaded in) and what it has lost."""
@@ -92,18 +92,22 @@ class Operator:
         return {}
 
     def delete(self, name: str) -> int:
-        """Delete a model that is not loaded; the bytes that this frees."""
+        """Delete a model or an adapter; the bytes that this frees.
+
+        Raises:
+            ModelError: nothing of that name, the guide, or something uses it.
+        """
         return library.delete(text(name), self.home, loaded={self.answering, self.host.loading} - {""})
 
-    def disk_use(self) -> tuple[int, int]:
-        """Bytes that the models take, and that are free on their disk."""
-        return 0, 0
+    def disk_use(self) -> DiskUse:
+        """What home takes on its disk, and what is left there."""
+        return library.disk_use(self.home)
 
     def names(self) -> list[str]:
         """The models that can be loaded: those in the library, and the folder that the page was started with."""
-        return [card.name for card in self._cards() if not card.problem]
+        return [card.name for card in self._models() if card.loadable]
 
-    def _cards(self) -> list[ModelCard]:
+    def _models(self) -> list[ModelCard]:
         cards = models(self._settings)
         own = self._own()
         if own is not None and own.name not in [card.name for card in cards]:
@@ -177,9 +181,12 @@ class Operator:
         return self._start("evaluate", spec, exclusive=self.device)
 
     def _start(self, task: str, spec: Mapping[str, Any], exclusive: str | None = None) -> dict[str, Any]:
-        own = {"home": str(self.home), "config": self._config}
-        whole = {**spec, **{key: value for key, value in own.items() if value}}
-        return jobs.start(task, whole, home=self.home, exclusive=exclusive).as_dict()
+        return jobs.start(task, {**spec, **self.surroundings}, home=self.home, exclusive=exclusive).as_dict()
+
+    @property
+    def surroundings(self) -> dict[str, str]:
+        """The part of every spec that is the server's to say: its home and its settings file."""
+        return {"home": str(self.home), **({"config": self._config} if self._config else {})}
 
     def _source(self, model: object) -> dict[str, Any]:
         """The part of a spec that says which model: one that is here, or an id on a hub."""
