@@ -1,25 +1,44 @@
-"""The models on disk: where a name leads, and what a folder holds.
+"""The models and adapters on disk: where a name leads, what a folder holds, and how it goes.
 
-Promises that a folder is judged from its JSON files and safetensors headers alone, and that one which cannot be loaded
-is listed with the reason. Imports neither torch nor transformers. Knows nothing of engines.
+Promises that a folder is judged from its JSON files and safetensors headers alone, that one which cannot be loaded is
+listed with the reason, and that no name leads out of home. A link that the owner of home put there is followed to read
+and never to delete. Imports neither torch nor transformers. Knows nothing of engines.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-from nibble.checkpoint import CONTEXT_KEYS, dtype_name, elements, read_config, read_header, read_json, weight_files
-from nibble.errors import ModelError, NibbleError
-from nibble.screen import check
+from nibble import jobs, publish
+from nibble.checkpoint import (
+    CONTEXT_KEYS,
+    dtype_name,
+    elements,
+    read_config,
+    read_header,
+    weight_files,
+)
+from nibble.errors import ModelError, NibbleError, SourceError
+from nibble.screen import BIGDL_KEY, check, check_adapter, check_source, quant_method, templates
 
 GUIDE = "guide"
 GUIDE_FOLDER = Path(__file__).parents[1] / "guide" / "model"
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-"""A model's name: a folder directly under home/models."""
+NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|\Z))[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""A model's or an adapter's name: a folder directly under home/models or home/adapters, on any file system."""
+
+MODELS, ADAPTERS = "models", "adapters"
+
+OWN_TEMPLATE = "tokenizer"
+"""`ModelCard.template` of a model that brings its own."""
+
+Kind = Literal["model", "adapter", "source"]
 
 
 @dataclass(frozen=True)
@@ -33,15 +52,41 @@ class ModelCard:
     format: str
     """Low-bit format of the stored weights, or the dtype's name where they are in full precision."""
     parameters: int
+    """0 where that is not known."""
     size_bytes: int
     """Of the weight files."""
     context: int
     """Tokens the model can see at once; 0 where config.json does not say."""
     problem: str = ""
-    """Why it cannot be loaded; empty when nothing is wrong."""
+    """Why it cannot be used; empty when nothing is wrong."""
+    kind: Kind = "model"
+    """A "source" can only be converted: GGUF, AWQ, GPTQ, BigDL-LLM's; an "adapter" belongs on a model."""
+    template: str = ""
+    """`OWN_TEMPLATE` where the tokenizer brings a chat template; else empty, and loading picks the family's form."""
+    note: str = ""
+    """Of a source: what can be done with it, in a sentence."""
+    base: str = ""
+    """Of an adapter: the model that it was trained on, as its maker called it."""
+
+    @property
+    def loadable(self) -> bool:
+        """Whether it can be loaded as it is."""
+        return self.kind == "model" and not self.problem
 
 
-Judge = Callable[[Path, str], "ModelCard"]
+@dataclass(frozen=True)
+class DiskUse:
+    """What home takes on its disk, in bytes, and what is left there."""
+
+    models: int
+    adapters: int
+    runs: int
+    unfinished: int
+    """Downloads that were cut, and leftovers of saves that were killed."""
+    free: int
+
+
+Judge = Callable[[Path, str], ModelCard]
 """A folder and its name -> its card; raises where the folder cannot or must not be loaded."""
 
 
@@ -52,10 +97,18 @@ def models(home: Path, judge: Judge | None = None) -> list[ModelCard]:
         home: Nibble's home folder.
         judge: None is `check`, then `inspect`.
     """
-    root = home / "models"
-    folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    named = [(GUIDE, GUIDE_FOLDER)] + [(path.name, path) for path in folders if NAME.fullmatch(path.name)]
+    named = [(GUIDE, GUIDE_FOLDER), *_named(home / MODELS)]
     return [_card_or_problem(name, folder, judge or _judge) for name, folder in named if folder.is_dir()]
+
+
+def adapters(home: Path) -> list[ModelCard]:
+    """Every folder in home/adapters, by name; a broken one carries its problem instead of raising."""
+    return [_card_or_problem(name, folder, _judge_adapter) for name, folder in _named(home / ADAPTERS)]
+
+
+def _named(root: Path) -> list[tuple[str, Path]]:
+    folders = sorted(path for path in root.iterdir() if NAME.fullmatch(path.name)) if root.is_dir() else []
+    return [(path.name, path) for path in folders if path.is_dir()]
 
 
 def _judge(folder: Path, name: str) -> ModelCard:
@@ -63,9 +116,29 @@ def _judge(folder: Path, name: str) -> ModelCard:
     return inspect(folder, name)
 
 
+def _judge_adapter(folder: Path, name: str) -> ModelCard:
+    config = check_adapter(folder)
+    weights = folder / "adapter_model.safetensors"
+    return ModelCard(
+        name=name,
+        folder=folder,
+        family="",
+        format=str(config.get("peft_type") or ""),
+        parameters=sum(elements(tensor["shape"]) for tensor in read_header(weights).values()),
+        size_bytes=weights.stat().st_size,
+        context=0,
+        kind="adapter",
+        base=str(config.get("base_model_name_or_path") or ""),
+    )
+
+
 def _card_or_problem(name: str, folder: Path, judge: Judge) -> ModelCard:
     try:
-        return judge(folder, name)
+        try:
+            return judge(folder, name)
+        except SourceError as reason:
+            check_source(folder)
+            return _source_card(folder, name, str(reason))
     except NibbleError as error:
         return ModelCard(name, folder, "", "", 0, 0, 0, problem=str(error))
 
@@ -83,15 +156,25 @@ def find(name: str, home: Path, *, paths: bool = False) -> Path:
     """
     if name == GUIDE:
         return GUIDE_FOLDER
-    if NAME.fullmatch(name) and (home / "models" / name).is_dir():
-        return home / "models" / name
-    if paths and Path(name).expanduser().is_dir():
-        return Path(name).expanduser().resolve()
-    known = ", ".join(card.name for card in models(home)) or "none yet"
+    if NAME.fullmatch(name) and (home / MODELS / name).is_dir():
+        return home / MODELS / name
+    folder = _as_path(name) if paths else None
+    if folder is not None:
+        return folder
+    known = ", ".join([GUIDE, *(name for name, _ in _named(home / MODELS))])
     what = "model or folder" if paths else "model"
     raise ModelError(
-        f"There is no {what} {name!r}.", f"Models here: {known}. Put a model's folder into {home / 'models'}."
+        f"There is no {what} {name[:200]!r}.", f"Models here: {known}. Put a model's folder into {home / MODELS}."
     )
+
+
+def _as_path(name: str) -> Path | None:
+    """The folder at a path; None where there is none, or no file system could have one."""
+    try:
+        folder = Path(name).expanduser()
+        return folder.resolve() if name and folder.is_dir() else None
+    except (OSError, ValueError, RuntimeError):
+        return None
 
 
 def inspect(folder: Path, name: str = "") -> ModelCard:
@@ -104,14 +187,123 @@ def inspect(folder: Path, name: str = "") -> ModelCard:
     files = weight_files(folder)
     tensors = {key: tensor for file in files for key, tensor in read_header(file).items()}
     quantization = config.get("quantization_config") or {}
-    text = config.get("text_config") or config
-    manifest = read_json(folder / "nibble.json") if (folder / "nibble.json").exists() else {}
+    manifest = publish.read_manifest(folder)
+    known = manifest.get("parameters")
     return ModelCard(
         name=name or folder.name,
         folder=folder,
         family=str(config.get("model_type", "")),
         format=str(quantization.get("low_bit") or quantization.get("quant_method") or dtype_name(tensors)),
-        parameters=int(manifest.get("parameters") or sum(elements(tensor["shape"]) for tensor in tensors.values())),
+        parameters=known if isinstance(known, int) else sum(elements(item["shape"]) for item in tensors.values()),
         size_bytes=sum(file.stat().st_size for file in files),
-        context=next((int(text[key]) for key in CONTEXT_KEYS if isinstance(text.get(key), int)), 0),
+        context=_context(config),
+        template=OWN_TEMPLATE if templates(folder) else "",
     )
+
+
+def _source_card(folder: Path, name: str, note: str) -> ModelCard:
+    """The card of a folder that can only be converted; how many parameters it packs is not told by its headers."""
+    gguf = list(folder.glob("*.gguf"))
+    config: dict[str, Any] = read_config(folder) if (folder / "config.json").exists() else {}
+    files = gguf or list(folder.glob("pytorch_model*.bin")) if not config or BIGDL_KEY in config else []
+    return ModelCard(
+        name=name,
+        folder=folder,
+        family=str(config.get("model_type", "")),
+        format=str(config.get(BIGDL_KEY) or quant_method(folder, config) or "gguf"),
+        parameters=0,
+        size_bytes=sum(file.stat().st_size for file in files or weight_files(folder)),
+        context=_context(config),
+        kind="source",
+        template=OWN_TEMPLATE if templates(folder) else "",
+        note=note,
+    )
+
+
+def _context(config: dict[str, Any]) -> int:
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else config
+    return next((text[key] for key in CONTEXT_KEYS if type(text.get(key)) is int), 0)
+
+
+def delete(name: str, home: Path, *, loaded: Collection[str]) -> int:
+    """Take a model, or an adapter where no model has that name, off the disk: whole to a reader, then gone.
+
+    Args:
+        name: in home/models or home/adapters.
+        home: Nibble's home folder.
+        loaded: names of what is in memory or is being loaded.
+
+    Returns:
+        The bytes that were freed; none where it was a link, whose folder stays.
+
+    Raises:
+        ModelError: nothing of that name, the guide, or something uses it.
+    """
+    if name == GUIDE:
+        raise ModelError("The guide is part of Nibble and is not deleted.", "Delete another model.")
+    places = [home / kind / name for kind in (MODELS, ADAPTERS)] if NAME.fullmatch(name) else []
+    folder = next((place for place in places if place.is_dir() or place.is_symlink()), None)
+    if folder is None:
+        raise ModelError(f"There is no model or adapter {name[:200]!r}.", "`nibble models` lists what there is.")
+    if name in loaded:
+        raise ModelError(f"{name} is loaded.", "Unload it, or load another model first.")
+    user = next((job for job in jobs.list_jobs(home) if job.live and _uses(job, name)), None)
+    if user:
+        raise ModelError(f"The job {user.id} works with {name}.", f"Wait for its end, or stop it: {user.id}.")
+    size = 0 if folder.is_symlink() else tree_bytes(folder)
+    try:
+        publish.remove(folder)
+    except OSError as error:
+        raise ModelError(f"{name} cannot be deleted: {error.strerror}.", "Check the permissions of home.") from None
+    return size
+
+
+def _uses(job: jobs.Job, name: str) -> bool:
+    """Whether a job's spec names a model, or what it makes: quantizing calls that `<out>-<format>`."""
+    waiting: list[Any] = [job.spec]
+    found: list[Any] = []
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list):
+            waiting += value.values() if isinstance(value, dict) else value
+        else:
+            found.append(value)
+    return name in found or (
+        job.task == "quantize" and any(isinstance(item, str) and item and name.startswith(f"{item}-") for item in found)
+    )
+
+
+def disk_use(home: Path) -> DiskUse:
+    """What home takes on its disk. Walks every file of it: some milliseconds for a hundred models."""
+    sizes = dict.fromkeys((MODELS, ADAPTERS, "runs"), 0)
+    unfinished = 0
+    for kind in sizes:
+        for path in (home / kind).iterdir() if (home / kind).is_dir() else ():
+            size = 0 if path.is_symlink() else tree_bytes(path)
+            if path.name.startswith(".") and kind != "runs":
+                unfinished += size
+            else:
+                sizes[kind] += size
+    there = next(folder for folder in (home, *home.resolve().parents) if folder.exists())
+    return DiskUse(
+        sizes[MODELS], sizes[ADAPTERS], sizes["runs"], unfinished=unfinished, free=shutil.disk_usage(there).free
+    )
+
+
+def tree_bytes(path: Path) -> int:
+    """The bytes of a file or of all files in a folder; links are not followed, and what goes meanwhile counts none."""
+    return sum(_sizes(path))
+
+
+def _sizes(path: Path) -> Iterator[int]:
+    waiting = [path]
+    while waiting:
+        here = waiting.pop()
+        try:
+            if here.is_dir() and not here.is_symlink():
+                waiting += list(here.iterdir())
+            else:
+                yield os.lstat(here).st_size
+        except OSError:
+            continue

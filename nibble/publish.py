@@ -24,6 +24,7 @@ from typing import Any
 from nibble.errors import ModelError
 
 MANIFEST = "nibble.json"
+MAX_MANIFEST_BYTES = 16 * 2**20
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -41,7 +42,7 @@ def publication(folder: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     """
     folder = Path(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with alone(folder):
         clean(folder)
         _refuse_foreign(folder)
         fresh = folder.parent / f".{folder.name}.tmp-{uuid.uuid4().hex}"
@@ -64,6 +65,8 @@ def clean(folder: Path) -> None:
         else:
             aside.rename(folder)
     for left in folder.parent.glob(f".{folder.name}.tmp-*"):
+        if left.is_symlink():
+            left.unlink()
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -71,8 +74,30 @@ def clean_all(parent: Path) -> None:
     """Remove what killed saves have left anywhere in `parent`, as at a start; saves that are under way are let be."""
     for lock in parent.glob(".*.lock"):
         folder = parent / lock.name[1 : -len(".lock")]
-        with suppress(ModelError, OSError), _alone(folder):
+        with suppress(ModelError, OSError), alone(folder):
             clean(folder)
+
+
+def remove(folder: Path) -> None:
+    """Take a folder away, as one to a reader: its name goes first, then what is in it.
+
+    What a kill leaves of it goes with the next `clean`. A link is removed, and what it leads to is not.
+
+    Raises:
+        ModelError: a save to it is under way.
+        OSError: its name cannot be taken away; it is as it was.
+    """
+    with alone(folder):
+        aside = folder.parent / f".{folder.name}.tmp-{uuid.uuid4().hex}"
+        folder.rename(aside)
+        try:
+            _sync(folder.parent)
+        except OSError:
+            aside.rename(folder)
+            raise
+        if aside.is_symlink():
+            aside.unlink()
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -85,12 +110,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        sound = path.is_file() and path.stat().st_size <= MAX_MANIFEST_BYTES
+        manifest = json.loads(path.read_text(encoding="utf-8")) if sound else None
+    except (ValueError, RecursionError):
         manifest = None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files", {}), dict):
+    files = manifest.get("files", {}) if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not all(_is_entry(name, facts) for name, facts in files.items()):
         raise ModelError(f"{MANIFEST} in {folder.name} is broken.", "Quantize the model again.")
-    return manifest
+    return dict(manifest or {})
+
+
+def _is_entry(name: str, facts: Any) -> bool:
+    """Whether a manifest's line can be true: a file within the folder, with its size and hash."""
+    inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+    known = isinstance(facts, dict) and isinstance(facts.get("size"), int) and isinstance(facts.get("sha256"), str)
+    return inside and known
 
 
 def verify(folder: Path, *, pattern: str = "*", contents: bool = False) -> None:
@@ -126,8 +160,12 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the right to save to `folder`; it ends with the process at the latest."""
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the right to change what stands at `folder`; it ends with the process at the latest.
+
+    Raises:
+        ModelError: a save to it is under way.
+    """
     lock = os.open(folder.parent / f".{folder.name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:

@@ -31,7 +31,7 @@ INSIDE = {
     "quality": READING | {"quality", "transformers", "lowbit", "devices", "prompts", "publish", "estimate"},
     "probe": {"probe", "devices", "lowbit"},
     "estimate": READING | {"estimate", "probe", "devices", "lowbit.formats", "sources"},
-    "prompts": {"prompts", "engines.base"},
+    "prompts": {"prompts", "engines.base", "screen.templates"},
     "engines": READING | {"engines", "prompts", "transformers", "lowbit", "devices", "bigdl.folders", "estimate"},
     "bigdl": READING
     | {"bigdl", "prompts", "transformers", "lowbit", "devices", "publish", "shards"}
@@ -45,7 +45,8 @@ INSIDE = {
     "operator": READING
     | {"operator", "wishes", "engines", "jobs", "estimate", "probe", "quality", "publish", "lowbit.formats"}
     | {"tasks.download"},
-    "commands": READING | {"commands", "engines", "devices", "hosting", "jobs", "estimate", "lowbit.formats"},
+    "commands": READING
+    | {"commands", "engines", "prompts.trial", "devices", "hosting", "jobs", "estimate", "lowbit.formats"},
     "hosting": {"hosting"},
     "hub": {"hub", "library", "screen", "publish"},
     "data": {"data", "prompts", "engines.base"},
@@ -56,7 +57,7 @@ INSIDE = {
 
 TORCH_FREE = (
     "nibble", "nibble.config", "nibble.errors", "nibble.library", "nibble.checkpoint", "nibble.screen",
-    "nibble.hosting", "nibble.chats", "nibble.publish",
+    "nibble.hosting", "nibble.chats", "nibble.publish", "nibble.prompts.trial",
     "nibble.engines.base", "nibble.engines.worker", "nibble.engines.host", "nibble.lowbit", "nibble.lowbit.formats",
     "nibble.jobs", "nibble.tasks", "nibble.tasks.download", "nibble.hub", "nibble.commands.download",
     "nibble.data", "nibble.data.preview",

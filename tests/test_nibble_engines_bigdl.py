@@ -199,8 +199,9 @@ def test_a_saved_folder_is_offered_by_the_engine_that_can_load_it(saved: Path, h
     settings = Settings(home=str(home))
     mine = {engine: models(replace(settings, engine=engine))[-1] for engine in ("nibble", "bigdl")}
     assert (mine["bigdl"].name, mine["bigdl"].format, mine["bigdl"].problem) == ("mine", "sym_int4", "")
-    assert "python -m nibble.bigdl.convert" in mine["nibble"].problem
-    assert "engine: bigdl" in mine["nibble"].problem
+    assert (mine["nibble"].kind, mine["nibble"].format, mine["nibble"].problem) == ("source", "sym_int4", "")
+    assert "nibble quantize mine" in mine["nibble"].note
+    assert "engine: bigdl" in mine["nibble"].note
 
 
 @pytest.mark.parametrize(("trusted", "words"), [(False, "not allowed"), (True, "needs transformers 4; here is 5")])

@@ -10,6 +10,8 @@ from nibble.engines.base import Engine, LoadSpec, Sampling
 from nibble.engines.bigdl import judge, make_worker
 from nibble.errors import ConfigError, NibbleError
 from nibble.library import NAME, find
+from nibble.prompts.trial import refuse_bombs
+from nibble.screen import check, templates
 
 SETTINGS = ["home", "model", "low_bit", "device", "engine"]
 
@@ -63,6 +65,8 @@ def load_engine(settings: Settings) -> Engine:
         worker = make_worker(spec, settings)
         worker.load()
         return worker
+    check(folder, trust_remote_code=trusted)
+    refuse_bombs(templates(folder))
     from nibble.engines.local import LocalEngine
 
     return LocalEngine.load(folder, low_bit=settings.low_bit, device=settings.device, trust_remote_code=trusted)

@@ -22,7 +22,8 @@ from nibble.engines.threaded import ThreadedEngine, Ticket
 from nibble.engines.wire import line, pack_chunk, pack_error, parse, unpack_request
 from nibble.errors import NibbleError
 from nibble.lowbit.formats import resolve
-from nibble.screen import check
+from nibble.prompts.trial import refuse_bombs
+from nibble.screen import check, templates
 
 BEAT_S = 2.0
 """How often the page is told how much memory the model takes."""
@@ -111,6 +112,7 @@ def load(spec: LoadSpec) -> ThreadedEngine:
     """
     # Before torch is imported: a wrong folder or name is told at once.
     check(Path(spec.folder), trust_remote_code=spec.trust_remote_code)
+    refuse_bombs(templates(Path(spec.folder)))
     if spec.low_bit:
         resolve(spec.low_bit)
     import torch
