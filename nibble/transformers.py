@@ -312,8 +312,9 @@ def _load(auto_class: Any, folder: Path, source: str, request: _Request, stored:
     # A folder of ours knows the dtype that it was saved in.
     options["dtype"] = options["dtype"] or plain or ("auto" if stored else torch.bfloat16)
     try:
-        model = auto_class.from_pretrained(folder, **options)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        # Pickles lie beside the weights of many models; none is ever a way out.
+        model = auto_class.from_pretrained(folder, **{"use_safetensors": True, **options})
+    except Exception as error:  # noqa: BLE001 - a foreign folder can make transformers raise anything
         for name, reason in getattr(options.get("quantization_config"), "refused", {}).items():
             raise ModelError(f"{name} of {folder.name} cannot be packed. {reason.message}", reason.hint) from error
         raise ModelError(

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from nibble import library, screen
 from nibble.config import HUBS
-from nibble.errors import ModelError
+from nibble.errors import ModelError, SourceError
 from nibble.hub.faults import KEPT, Asked, DownloadError, HubUnavailable, explain
 from nibble.hub.huggingface import OFFICIAL, HuggingFace
 from nibble.hub.modelscope import ModelScope
@@ -216,11 +216,14 @@ def _bring(hub: Hub, request: Request, home: Path, report: Progress, part: Part)
 
 
 def _check(part: Part, request: Request, *, weights: bool = True) -> None:
-    """Refuse what cannot or must not be loaded, by the name that the model will have."""
-    if request.file:
-        return
+    """Refuse what cannot or must not be used, by the name that the model will have."""
+    trusted = request.target in request.trusted
+    if request.file and not weights:
+        return  # a GGUF file comes alone
     try:
-        screen.check(part.folder, trust_remote_code=request.target in request.trusted, weights=weights)
+        screen.check(part.folder, trust_remote_code=trusted, weights=weights)
+    except SourceError:
+        return  # it can be converted
     except ModelError as error:
         message, hint = (text.replace(part.folder.name, request.target) for text in (error.message, error.hint))
         raise ModelError(message, hint) from None
