@@ -21,6 +21,7 @@ COMMANDS = {
     "models": "the models on this machine",
     "jobs": "long work: list it, stop it, go on with it, read its log",
     "download": "a model from Hugging Face or ModelScope",
+    "evaluate": "what a model loses in each low-bit format: perplexity, KL, agreement, size, memory, speed",
     "quantize": "a model in low bit: smaller, and what it lost by that",
     "doctor": "what Nibble finds on this machine: libraries, device, memory, settings, proxy",
 }

@@ -46,7 +46,8 @@ INSIDE = {
     | {"operator", "wishes", "engines", "jobs", "estimate", "probe", "quality", "publish", "lowbit.formats"}
     | {"tasks.download"},
     "commands": READING
-    | {"commands", "engines", "prompts.trial", "devices", "hosting", "jobs", "estimate", "lowbit.formats"},
+    | {"commands", "engines", "prompts.trial", "devices", "hosting", "jobs", "estimate", "lowbit.formats"}
+    | {"quality.table"},
     "hosting": {"hosting"},
     "hub": {"hub", "library", "screen", "publish"},
     "data": {"data", "prompts", "engines.base"},
@@ -63,6 +64,7 @@ TORCH_FREE = (
     "nibble.data", "nibble.data.preview",
     "nibble.engines.bigdl", "nibble.bigdl.folders", "nibble.bigdl.older_folder", "nibble.bigdl.convert",
     "nibble.compat", "nibble.operator",
+    "nibble.quality", "nibble.quality.table", "nibble.tasks.evaluate", "nibble.commands.evaluate",
 )  # fmt: skip
 
 

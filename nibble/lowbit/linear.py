@@ -55,7 +55,7 @@ class LowBitLinear(nn.Linear):
         self.format = fmt
         codes = torch.empty(fmt.code_shape(*shape), dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(codes, requires_grad=False)
-        scales = torch.empty(fmt.scale_shape(*shape), dtype=getattr(torch, fmt.scale), device=device)
+        scales = torch.empty(fmt.scale_shape(*shape), dtype=getattr(torch, fmt.scale or "float32"), device=device)
         self.register_buffer("weight_scale", scales)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(shape[0], dtype=dtype, device=device)) if bias else None
