@@ -8,18 +8,20 @@ and `measure`, which say so. In public mode nothing of it is built. Knows nothin
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from nibble import jobs, library
+from nibble import jobs, library, probe
 from nibble.config import Settings
 from nibble.engines.base import EngineInfo
 from nibble.engines.bigdl import judge, models
 from nibble.errors import ModelError
 from nibble.jobs import Job
 from nibble.library import DiskUse, ModelCard
+from nibble.quality.kept import kept
 from nibble.tasks.download import request_from
 from nibble.wishes import Download, Evaluate, Quantize, text
 
@@ -52,6 +54,7 @@ class Operator:
         self.host = host
         self._settings = settings
         self._config = config
+        self._measuring = threading.Lock()
 
     @property
     def home(self) -> Path:
@@ -72,24 +75,48 @@ class Operator:
         return [self._plain(card) for card in (*self._models(), *library.adapters(self.home))]
 
     def shelf(self) -> list[dict[str, Any]]:
-        """As `cards`, each with its estimate (in the format that it would be loaded in) and what it has lost."""
-        return self.cards()
+        """As `cards`, each with its estimate (in the format that it would be loaded in) and what it has lost there."""
+        return [card | {"estimate": None, "quality": _own_row(self._kept(card["name"]), card)} for card in self.cards()]
 
     @property
     def measured(self) -> bool:
         """Whether this machine's speed is known, on which the estimates rest."""
-        return True
+        return probe.known(self.home) is not None
 
     def measure(self) -> None:
-        """Measure this machine, where that has not been done; takes some seconds then."""
+        """Measure this machine, where that has not been done; takes some seconds then.
+
+        Raises:
+            DeviceError: it could not be measured.
+        """
+        with self._measuring:
+            probe.ensure(self.home)
 
     def estimates(self, name: str) -> list[dict[str, Any]]:
-        """What a model would take in each format: none while this machine has not been measured."""
+        """What a model would take in each format.
+
+        Raises:
+            ModelError: there is no such model.
+        """
+        self._folder(name)
         return []
 
     def report(self, name: str) -> dict[str, Any]:
-        """What is known of what a model has lost; empty where it was never measured."""
-        return {}
+        """What a model has lost, as it was measured last; empty where it never was.
+
+        Raises:
+            ModelError: there is no such model.
+        """
+        self._folder(name)
+        return self._kept(name)
+
+    def _kept(self, name: str) -> dict[str, Any]:
+        return kept(name, self.home) or {} if library.NAME.fullmatch(name) else {}
+
+    def _folder(self, name: object) -> Path:
+        """The folder of a model that is here."""
+        own, wanted = self._own(), text(name)
+        return own if own is not None and wanted == own.name else library.find(wanted, self.home)
 
     def delete(self, name: str) -> int:
         """Delete a model or an adapter; the bytes that this frees.
@@ -191,13 +218,10 @@ class Operator:
     def _source(self, model: object) -> dict[str, Any]:
         """The part of a spec that says which model: one that is here, or an id on a hub."""
         name = text(model)
-        own = self._own()
-        if own is not None and name == own.name:
-            return {"model": str(own.resolve()), "paths": True}
         if "/" in name:
             request_from({"repo": name}, self._settings)
-        else:
-            library.find(name, self.home)
+        elif self._folder(name) == self._own():
+            return {"model": str(self._folder(name).resolve()), "paths": True}
         return {"model": name}
 
     # The jobs.
@@ -231,3 +255,9 @@ class Operator:
             JobError: there is no such job, or it waits, runs or is done.
         """
         return jobs.resume(text(job_id), self.home).as_dict()
+
+
+def _own_row(report: Mapping[str, Any], card: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a report says of a model as it is stored."""
+    rows = (row for row in report.get("formats", ()) if row["format"] == card["format"])
+    return next(rows, None)

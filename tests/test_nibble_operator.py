@@ -1,0 +1,173 @@
+"""What an operator may wish for and do; names only, whatever a script sends."""
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nibble import jobs
+from nibble.config import Settings
+from nibble.errors import JobError, NibbleError
+from nibble.operator import Operator
+from nibble.wishes import Download, Evaluate, Quantize
+from tests.scripted import ScriptedHost
+from tests.support.hubs import Fault, Hubs
+
+BAD_NAMES = [
+    "../x", "..", "/etc", "~", "a/../b", "C:\\x", "x" * 300, "", " ", ".hidden", "a/b/c", "a\nb", "\x00", 7, None,
+    ["guide"], {"name": "guide"}, True,
+]  # fmt: skip
+"""What is neither a model's name nor its id on a hub."""
+
+
+@pytest.fixture
+def operator(home: Path) -> Operator:
+    return Operator(ScriptedHost(), Settings(home=str(home)))
+
+
+@pytest.mark.parametrize("name", BAD_NAMES, ids=lambda name: repr(name)[:20])
+def test_what_is_no_name_is_refused_in_a_sentence_and_starts_nothing(operator: Operator, name: object) -> None:
+    calls = [
+        lambda: operator.quantize(Quantize(name, ["nf4"])),
+        lambda: operator.evaluate(Evaluate(name)),
+        lambda: operator.download(Download(name)),
+        lambda: operator.delete(name),
+        lambda: operator.report(name),
+        lambda: operator.estimates(name),
+    ]
+    for call in calls:
+        with pytest.raises(NibbleError) as caught:
+            call()
+        assert len(str(caught.value)) < 1_000
+    assert jobs.list_jobs(operator.home) == []
+
+
+@pytest.mark.parametrize("name", [*BAD_NAMES, "org/name"], ids=lambda name: repr(name)[:20])
+def test_a_model_is_loaded_by_its_name_alone(operator: Operator, name: object) -> None:
+    with pytest.raises(NibbleError):
+        asyncio.run(operator.load(name))
+    assert operator.answering == "guide"
+
+
+@pytest.mark.parametrize(
+    ("wish", "told"),
+    [
+        (Quantize("guide", ["sym_int3"]), "sym_int3"),
+        (Quantize("guide", [7]), "7"),
+        (Quantize("guide", "nf4,../x"), "../x"),
+        (Quantize("guide", ["nf4"], out="../x"), "../x"),
+        (Quantize("guide", ["nf4"], out="guide"), "guide"),
+        (Quantize("guide", ["nf4"], out="x" * 300), "cannot be the name"),
+        (Quantize("guide", ["nf4"], skip=["lm head"]), "lm head"),
+        (Quantize("guide", ["nf4"], skip=[".*"]), "module"),
+        (Quantize("guide", ["nf4"], skip=["a"] * 1_001), "list"),
+        (Quantize("guide", ["nf4"], overrides={"lm_head": "int9"}), "int9"),
+        (Quantize("guide", ["nf4"], overrides="lm_head"), "mapping"),
+        (Quantize("guide", ["nf4"], memory_bytes=-1), "memory_bytes"),
+        (Quantize("guide", ["nf4"], memory_bytes="4GB"), "memory_bytes"),
+        (Quantize("guide", ["nf4"], max_kl=float("nan")), "max_kl"),
+        (Quantize("guide", ["nf4"], max_kl=float("inf")), "max_kl"),
+        (Evaluate("guide", tokens=0), "tokens"),
+        (Evaluate("guide", against="../x"), "../x"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_a_wish_that_cannot_be_names_what_is_wrong(operator: Operator, wish: Quantize | Evaluate, told: str) -> None:
+    with pytest.raises(NibbleError, match="(?s)" + told.replace(".", r"\.")):
+        operator.quantize(wish) if isinstance(wish, Quantize) else operator.evaluate(wish)
+    assert jobs.list_jobs(operator.home) == []
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.one_of(st.none(), st.text(), st.integers(), st.lists(st.text()), st.booleans()), min_size=8, max_size=8)
+)
+def test_whatever_a_script_sends_is_a_spec_or_a_sentence(values: list) -> None:
+    for wish in (Quantize(*values), Evaluate(*values[:4]), Download(*values[:5])):
+        try:
+            assert isinstance(wish.spec(), dict)
+        except NibbleError as error:
+            assert str(error)
+
+
+def test_a_wish_becomes_what_the_task_reads() -> None:
+    wish = Quantize("guide", "nf4, NF4 ,sym_int8", "mine", "lm_head", {"layers.0": "sym_int8"}, False, 4e9, 0.05)
+    assert wish.spec() == {
+        "low_bit": ["nf4", "sym_int8"], "out": "mine", "skip": ["lm_head"], "overrides": {"layers.0": "sym_int8"},
+        "pick": {"memory_bytes": 4e9, "max_kl": 0.05}, "evaluate": False,
+    }  # fmt: skip
+    assert Quantize("guide", ["nf4"]).spec() == {"low_bit": ["nf4"], "evaluate": True}
+    assert Quantize("guide").spec() == {"low_bit": [], "evaluate": True}
+    assert Evaluate("guide", tokens=64).spec() == {"low_bit": [], "tokens": 64}
+    assert Download(" org/name ", revision="main").spec() == {"repo": "org/name", "revision": "main"}
+
+
+def test_cards_tell_what_is_loaded_and_no_path(operator: Operator, guide_model: Path) -> None:
+    (card,) = operator.cards()
+    assert (card["name"], card["loaded"], card["kind"], card["problem"]) == ("guide", True, "model", "")
+    assert str(guide_model.parent) not in str(card)
+    assert operator.names() == ["guide"]
+
+
+def test_the_folder_that_the_server_was_started_with_is_one_of_the_models(home: Path, stories: Path) -> None:
+    operator = Operator(ScriptedHost(), Settings(home=str(home), model=str(stories)))
+    assert operator.names() == [stories.name, "guide"]
+    assert [card["name"] for card in operator.cards()] == [stories.name, "guide"]
+
+
+def test_neither_the_guide_nor_what_is_loaded_is_deleted(operator: Operator, guide_model: Path) -> None:
+    for name in ("guide", "absent"):
+        with pytest.raises(NibbleError, match=name):
+            operator.delete(name)
+    assert guide_model.is_dir()
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1_000, True, "3", None])
+def test_a_number_of_jobs_that_cannot_be_is_refused(operator: Operator, limit: object) -> None:
+    with pytest.raises(NibbleError, match="limit"):
+        operator.jobs(limit)
+    with pytest.raises(NibbleError):
+        operator.job("../runs")
+
+
+def test_a_model_arrives_and_the_same_again_is_refused_meanwhile(home: Path, hubs: Hubs) -> None:
+    """The real job, in its own process, from a hub on this machine that is slow."""
+    hubs.faults.append(Fault(r"GET .*safetensors", pause=0.3))
+    operator = Operator(ScriptedHost(), Settings(home=str(home)))
+    job = operator.download(Download("org/tiny"))
+    assert job["state"] in jobs.LIVE
+    with pytest.raises(JobError, match=f"already .*{job['id']}"):
+        operator.download(Download("org/tiny"))
+    assert job["spec"] == {"repo": "org/tiny", "hubs": ["huggingface"], "home": str(home)}
+    stopped = operator.stop(job["id"])
+    assert stopped["state"] == "stopped"
+    hubs.faults.clear()
+    operator.resume(job["id"])
+    while operator.job(job["id"]).live:
+        time.sleep(0.05)
+    (ended,) = operator.jobs()
+    assert (ended["state"], ended["result"]["name"]) == ("done", "org__tiny")
+    assert "org__tiny" in [card["name"] for card in operator.cards()]
+    operator.delete("org__tiny")
+    assert "org__tiny" not in [card["name"] for card in operator.cards()]
+
+
+def test_a_job_reads_the_settings_file_that_the_server_was_started_with(home: Path, hubs: Hubs, tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text("queue_size: 3\n")
+    operator = Operator(ScriptedHost(), Settings(home=str(home)), str(config))
+    job = operator.download(Download("org/tiny"))
+    assert job["spec"]["config"] == str(config)
+    operator.stop(job["id"])
+
+
+@pytest.mark.parametrize(
+    ("device", "loaded", "kind"), [("auto", True, "cpu"), ("auto", False, "cpu"), ("xpu", True, "xpu")]
+)
+def test_jobs_are_exclusive_on_the_device_of_the_settings(home: Path, device: str, loaded: bool, kind: str) -> None:
+    host = ScriptedHost()
+    host.info = host.info if loaded else None
+    assert Operator(host, Settings(home=str(home), device=device)).device == kind
