@@ -98,7 +98,7 @@ DEFAULT = "sym_int4"
 ALIASES: dict[str, str] = {"fp8": "fp8_e5m2"}
 """Other names that mean exactly a row; ipex-llm's plain fp8 is e5m2."""
 
-_GGUF = "It is a format of GGUF files: use a GGUF file, with a program that reads those, or choose one of: {names}."
+_GGUF = "It is a format of GGUF files, which `nibble quantize` reads; choose what to make of one: {names}."
 _ELSEWHERE: dict[str, str] = {
     **dict.fromkeys(("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "gguf_q4k_s", "gguf_q4k_m"), _GGUF),
     **dict.fromkeys(("gguf_iq2_xxs", "gguf_iq2_xs", "gguf_iq1_s", "gguf_iq1_m"), _GGUF),

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import re
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from nibble.errors import ModelError
 from nibble.sources.gguf_header import Header, broken
@@ -192,13 +193,7 @@ class _Sizes:
 
 def shortest(value: float) -> float:
     """The shortest decimal that is the same number in float32: 1e-05, where a file's float32 reads 9.9999997e-06."""
-    (single,) = struct.unpack("<f", struct.pack("<f", value))
-    return next(short for digits in range(1, 18) if _single(short := float(f"{single:.{digits}g}")) == single)
-
-
-def _single(value: float) -> float:
-    (single,) = struct.unpack("<f", struct.pack("<f", value))
-    return float(single)
+    return float(str(np.float32(value)))
 
 
 def _rope(size: _Sizes, factors: Sequence[float], head_dim: int) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from nibble.errors import ModelError
 VERSIONS = (2, 3)
 MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 4
+MAX_NAME = 64
+"""Bytes of a tensor's name, as ggml has it."""
 ALIGNMENT = 32
 
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -105,10 +107,9 @@ def _read(path: Path, data: mmap.mmap) -> Header:
     for _ in range(pair_count):
         key = reader.string()
         metadata[key] = reader.value(reader.number("I"))
-    if metadata.get("split.count", 0) not in (0, 1):
-        raise ModelError(
-            f"{path.name} is one piece of {metadata['split.count']}.", "Merge them first: gguf-split --merge FIRST OUT."
-        )
+    pieces = metadata.get("split.count", 1)
+    if isinstance(pieces, int) and pieces > 1:
+        raise ModelError(f"{path.name} is one piece of {pieces}.", "Merge them first: gguf-split --merge FIRST OUT.")
     entries = [(reader.string(), *reader.tensor()) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or not 0 < alignment <= 2**20:
@@ -116,8 +117,8 @@ def _read(path: Path, data: mmap.mmap) -> Header:
     start = -(-reader.place // alignment) * alignment
     tensors = {}
     for name, shape, kind, offset in entries:
-        if name in tensors:
-            raise broken(path, f"it holds {name} twice")
+        if name in tensors or len(name) > MAX_NAME:
+            raise broken(path, f"it holds {name[:MAX_NAME]} twice, or that is no name")
         tensors[name] = _placed(path, name, (kind, shape, start + offset), len(data))
     return Header(path, metadata, tensors)
 

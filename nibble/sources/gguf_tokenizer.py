@@ -73,8 +73,10 @@ def check(header: Header) -> None:
     Raises:
         ModelError: its kind is not known, and none stands beside the file; or what it says makes no sense.
     """
-    if not _beside(header):
-        _kind(header)
+    if _beside(header):
+        return
+    for key, kind in NEEDED[_kind(header)].items():
+        _list(header, key, kind)
 
 
 def write(header: Header, folder: Path) -> None:
@@ -231,3 +233,10 @@ def _edge(header: Header, name: str, default: bool) -> list[tuple[str, int]]:
 
 BUILDERS = {"llama": _sentencepiece, "gpt2": _byte_pairs}
 """`tokenizer.ggml.model` -> what builds it."""
+
+NEEDED: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "llama": {"tokens": str, "scores": (float, int)},
+    "gpt2": {"tokens": str, "merges": str},
+    WHOLE: {"tokens": str},
+}
+"""Key of BUILDERS, or WHOLE -> lists that the file must hold, and of what."""

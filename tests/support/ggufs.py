@@ -15,22 +15,16 @@ Change = Callable[[gguf.GGUFWriter], None]
 
 
 def write_gguf(
-    folder: Path,
-    path: Path,
-    kind: str = "F32",
-    *,
-    tokenizer: Path | None = None,
-    pre: str = "",
-    also: Change | None = None,
+    folder: Path, path: Path, kind: str = "F32", tokenizer: tuple[Path, str] | None = None, also: Change | None = None
 ) -> Path:
     """Write the model in a folder as llama.cpp's converter does.
 
     Args:
         folder: a Hugging Face model.
         path: of the file.
-        kind: type of the matrices, where their width allows it; norms and biases are F32.
-        tokenizer: a folder with tokenizer.json; None writes none.
-        pre: name of how the tokenizer cuts texts; empty for SentencePiece.
+        kind: type of the matrices, where their width allows it, and after a slash that of the embedding where it
+            differs; norms and biases are F32.
+        tokenizer: as `write_tokenizer`; None writes none.
         also: called before the file is written.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -39,8 +33,9 @@ def write_gguf(
     writer = gguf.GGUFWriter(path, arch)
     _write_sizes(writer, config)
     if tokenizer is not None:
-        write_tokenizer(writer, tokenizer, pre)
+        write_tokenizer(writer, *tokenizer)
     names = gguf.get_tensor_name_map(_arch(arch), config.num_hidden_layers)
+    matrices, _, table = kind.partition("/")
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     for name, tensor in model.state_dict().items():
         if name in tied:
@@ -48,7 +43,8 @@ def write_gguf(
         values = tensor.float()
         if arch == "llama" and any(part in name for part in ("q_proj", "k_proj")):
             values = pairs(values, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
-        put(writer, names.get_name(name, (".weight", ".bias")) + name[name.rindex(".") :], values.numpy(), kind)
+        kind_here = table or matrices if "embed_tokens" in name else matrices
+        put(writer, names.get_name(name, (".weight", ".bias")), values.numpy(), kind_here)
     if also is not None:
         also(writer)
     writer.write_header_to_file()
