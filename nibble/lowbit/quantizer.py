@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -47,7 +48,7 @@ class LowBitConfig(QuantizationConfigMixin):
         self,
         low_bit: str = DEFAULT,
         modules_to_not_convert: list[str] | None = None,
-        overrides: dict[str, str] | None = None,
+        overrides: Mapping[str, str] | Iterable[tuple[str, str]] | None = None,
         layout: int = LAYOUT,
         **_: Any,
     ) -> None:
@@ -67,9 +68,10 @@ class LowBitConfig(QuantizationConfigMixin):
         self.quant_method = METHOD  # type: ignore[assignment]
         self.low_bit = resolve(low_bit).name
         self.modules_to_not_convert = list(modules_to_not_convert or [])
-        if not isinstance(overrides, dict | None):
-            raise FormatError("overrides is not a table of formats.", 'Write it as {"lm_head": "sym_int8"}.')
-        self.overrides = {pattern: resolve(name).name for pattern, name in (overrides or {}).items()}
+        try:
+            self.overrides = {str(pattern): resolve(name).name for pattern, name in dict(overrides or {}).items()}
+        except (TypeError, ValueError):
+            raise FormatError("overrides is no table of formats.", 'Write it as {"lm_head": "sym_int8"}.') from None
         if layout > LAYOUT:
             raise ModelError(
                 "This model was packed by a later version of Nibble.", "Update Nibble, or quantize it again."
@@ -87,8 +89,9 @@ class LowBitConfig(QuantizationConfigMixin):
         return fmt if fmt.quantized else None
 
     def to_dict(self) -> dict[str, Any]:
-        """What is written to config.json."""
-        return {name: value for name, value in vars(self).items() if name != "refused"}
+        """What is written to config.json. The overrides are pairs: transformers sorts the keys of a table."""
+        values = {name: value for name, value in vars(self).items() if name != "refused"}
+        return {**values, "overrides": [list(pair) for pair in self.overrides.items()]}
 
 
 @register_quantizer(METHOD)
@@ -125,6 +128,10 @@ class LowBitQuantizer(HfQuantizer):
             packed._is_hf_initialized = True  # type: ignore[assignment]
             model.set_submodule(name, packed)
         self._untie(model, {f"{name}.weight" for name in formats})
+        if self.tied and not self.pre_quantized:
+            # Some checkpoints have a head of its own though their configuration ties it.
+            own = _names_in(kwargs.get("checkpoint_files") or ())
+            self.tied = {target: source for target, source in self.tied.items() if target not in own}
         if not self.pre_quantized:
             _keep_stored_precision(model, {f"{name}.weight" for name in formats} | set(self.tied.values()))
 
@@ -166,13 +173,16 @@ class LowBitQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Read each weight that a packed one was tied to twice: as it is, and packed."""
         sources = sorted(set(self.tied.values())) if not self.pre_quantized else []
+        prefix = f"{model.base_model_prefix}." if model is not None else ""
         return weight_conversions + [
             WeightConverter(
-                [source],
+                [pattern],
                 [source, *(target for target in sorted(self.tied) if self.tied[target] == source)],
                 operations=[_PackTied(self.quantization_config)],
             )
             for source in sources
+            # A checkpoint may have been saved from the model's body alone, without the body's name.
+            for pattern in dict.fromkeys((source, f"^{source.removeprefix(prefix)}"))
         ]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -259,6 +269,16 @@ class _PackTied(_Pack):
 def _names(pattern: str, path: str) -> bool:
     """Whether a dotted path holds the pattern as whole parts."""
     return f".{pattern}." in f".{path}."
+
+
+def _names_in(files: Sequence[str]) -> set[str]:
+    """Names of the tensors in safetensors files."""
+    names: set[str] = set()
+    for file in files:
+        if str(file).endswith(".safetensors"):
+            with safe_open(file, framework="pt") as opened:
+                names.update(opened.keys())
+    return names
 
 
 def _keep_stored_precision(model: PreTrainedModel, names: set[str]) -> None:

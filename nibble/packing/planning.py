@@ -71,11 +71,13 @@ class Plan:
     outputs: dict[str, list[Output]]
     """Tensor of the source -> what is made of it, in the source's order; what the model has no use for is not there."""
     merged: str = ""
-    """A packed layer that transformers changes on its way, so that it cannot be packed from its tensor; or none."""
+    """A packed weight that transformers makes of other tensors while it loads, so that it has to; or none."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights of the new folder."""
+        if self.merged:
+            return sum(tensor.nbytes for tensor in self.model.state_dict().values())
         return sum(output.nbytes for outputs in self.outputs.values() for output in outputs)
 
 
@@ -108,6 +110,8 @@ def plan(source: Source, packing: Packing) -> Plan:
     model.hf_quantizer = quantizer  # type: ignore[assignment]
 
     targets = _targets(source.tensors, model)
+    own = {name for to in targets.values() for name in to.names}
+    quantizer.tied = {target: of for target, of in quantizer.tied.items() if target not in own}
     _refuse_incomplete(source, model, quantizer.tied, targets)
     made = _outputs(source, model, quantizer.tied, targets)
     packed = {output.target for outputs in made.values() for output in outputs if isinstance(output.form, Format)}
@@ -178,7 +182,7 @@ def _refuse_incomplete(
         wanted = (layer.out_features, layer.in_features) if packed else tuple(places[to.names[0]].shape)
         if not to.converted and source.tensors[name].shape != wanted:
             raise ModelError(
-                f"{name} of {source.name} has the shape {source.tensors[name].shape}, and its config.json says {wanted}.",
+                f"{name} of {source.name} has the shape {source.tensors[name].shape}; its config.json says {wanted}.",
                 "The files do not belong together: download the model again.",
             )
     found = {name for to in targets.values() for name in to.names}
@@ -207,7 +211,7 @@ def _outputs(
     found = {name: tensor for tensor, to in targets.items() for name in to.names}
     for name, to in targets.items():
         stored, target = source.tensors[name], to.names[0]
-        if tied.get(target) in found or _repeats(source, model.all_tied_weights_keys.get(target), name, found):
+        if _repeats(source, model.all_tied_weights_keys.get(target), name, found):
             continue
         layer = model.get_submodule(target.rpartition(".")[0])
         if isinstance(layer, LowBitLinear) and target.endswith(".weight"):
@@ -294,7 +298,7 @@ def _nearest(stored: Stored, dense: bool) -> str:
 
 
 def _short(formats: Mapping[str, str], base: str) -> dict[str, str]:
-    """Overrides that say which layer has another format than `base`: one for a kind of layer that is alike everywhere."""
+    """Overrides for layers that have another format than `base`: one for a kind of layer that is alike everywhere."""
     kinds: dict[str, set[str]] = {}
     for path, name in formats.items():
         kinds.setdefault(path.rpartition(".")[2], set()).add(name)

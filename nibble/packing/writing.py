@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from nibble.lowbit.blocks import QuantizedTensor, quantize
 from nibble.packing.planning import Output, Packing, Plan, dense, plan
 from nibble.shards import SHARD_BYTES, Writer
 from nibble.sources.base import Source, Stored
-from nibble.transformers import AutoModelForCausalLM, count_parameters
+from nibble.transformers import AutoModelForCausalLM, save_low_bit
 
 
 class Progress(Protocol):
@@ -140,7 +141,7 @@ def _facts(source: Source, made: Plan) -> dict[str, Any]:
     facts = {
         "format": made.config.low_bit,
         "source": source.name,
-        "parameters": count_parameters(made.model),
+        "parameters": sum(prod(source.tensors[name].shape) for name in made.outputs),
         "versions": {"nibble": __version__, **{name: version(name) for name in ("torch", "transformers")}},
     }
     return facts if source.kind == "safetensors" else facts | {"converted_from": source.kind}
@@ -162,10 +163,10 @@ def _load_and_save(source: Source, made: Plan, folder: Path, report: Progress) -
     path = getattr(source, "folder", None)
     if source.kind != "safetensors" or path is None:
         raise ModelError(
-            f"{made.merged} of {source.name} is stored in pieces, which is not read from {source.kind} files.",
+            f"{made.merged} of {source.name} is made of other tensors, which is not done for {source.kind} files.",
             "Take the model's full-precision version.",
         )
-    report.note(f"{source.name} is loaded whole: {made.merged} and others are stored in pieces.")
+    report.note(f"{source.name} is loaded whole, for {made.merged} is made of other tensors while that is done.")
     report.progress(0, 2, "steps", "pack")
     config = made.config
     model = AutoModelForCausalLM.from_pretrained(
@@ -173,6 +174,6 @@ def _load_and_save(source: Source, made: Plan, folder: Path, report: Progress) -
         overrides=config.overrides,
     )  # fmt: skip
     report.progress(1, 2, "steps", "pack")
-    model.save_low_bit(folder)
+    save_low_bit(model, folder)
     report.progress(2, 2, "steps", "pack")
-    return Packed(folder, config.low_bit, made.nbytes, 0)
+    return Packed(folder, config.low_bit, sum(file.stat().st_size for file in folder.glob("*.safetensors")), 0)

@@ -60,7 +60,8 @@ def run(spec: Mapping[str, Any], report: Report) -> dict[str, Any]:
         report: told the stages `download`, `pack` and `evaluate`.
 
     Returns:
-        `models`, a list of `name`, `folder`, `format`, `bytes` and `quality` for each, and `report`, the quality of all.
+        `models`, a list of `name`, `folder`, `format`, `bytes`, `from_bytes` (the source's), `kept` (weights that the
+        source had in this form) and `quality`; and `report`, the quality of all together.
 
     Raises:
         NibbleError: a spec, model or format that cannot be used; no room on the disk.
@@ -151,13 +152,16 @@ def _pack(order: Order, origin: Path, settings: Settings, report: Report) -> lis
     formats = order.low_bit or (plan(source, packings[0]).config.low_bit,)
     folders = _folders(order, name, formats, settings.home_folder, origin)
     written = pack(source, dict(zip(folders, packings, strict=True)), report)
-    return [
-        {
-            "name": packed.folder.name, "folder": str(packed.folder), "format": packed.format, "bytes": packed.nbytes,
-            "from_bytes": sum(stored.nbytes for stored in source.tensors.values()), "kept": packed.kept, "quality": None,
-        }
-        for packed in written
-    ]  # fmt: skip
+    before = sum(stored.nbytes for stored in source.tensors.values())
+    return [_told(packed.folder, packed.format, packed.nbytes, before, packed.kept) for packed in written]
+
+
+def _told(folder: Path, name: str, size: int, before: int, kept: int) -> dict[str, Any]:
+    """What the result says of one model."""
+    return {
+        "name": folder.name, "folder": str(folder), "format": name, "bytes": size, "from_bytes": before, "kept": kept,
+        "quality": None,
+    }  # fmt: skip
 
 
 def _folders(order: Order, name: str, formats: tuple[str, ...], home: Path, origin: Path) -> list[Path]:
@@ -189,10 +193,7 @@ def _convert(order: Order, origin: Path, settings: Settings, report: Report) -> 
     result = convert(origin, folder, lambda done, total: report.progress(done, total, "B", "pack"))
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     before = sum(file.stat().st_size for file in origin.glob("*.bin"))
-    return {
-        "name": folder.name, "folder": str(folder), "format": result.format, "bytes": size, "from_bytes": before,
-        "quality": None,
-    }  # fmt: skip
+    return _told(folder, result.format, size, before, 0)
 
 
 def _disk(error: OSError, home: Path) -> ModelError:
