@@ -1,0 +1,238 @@
+"""What a model is made of, as far as memory and speed depend on it, read from its config.json and file headers.
+
+Promises a shape or a ModelError, whatever stands in the files. Imports no torch and builds no model: which matrices
+are packed follows from names and shapes, and families that keep theirs in other modules than `nn.Linear` are named in a
+table. Knows nothing of machines and formats' speeds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nibble.checkpoint import DTYPE_BITS, read_config, read_header, weight_files
+from nibble.errors import ModelError
+from nibble.lowbit.formats import FORMATS, Format, resolve
+from nibble.sources.gguf_families import config_of, family_of, names_of
+from nibble.sources.gguf_header import read_header as read_gguf_header
+
+HEADS = {"lm_head", "embed_out", "output"}
+"""Names of a model's output layer, which may be missing from the files: then it is the embedding's."""
+
+LOOKED_UP = re.compile(r"(?:^|\.)(?:embed(?!_out)\w*|\w*embeddings?|wte|wpe|shared|token_embd)\.weight$")
+"""Tables that are looked up and never packed."""
+
+KEPT = re.compile(r"\.(?:gate|router)\.weight$|norm\w*\.weight$")
+"""Matrices that choose among experts, and norms: small, and never packed."""
+
+EXPERT = re.compile(r"\.experts\.")
+"""Parts of a mixture; transformers joins them into tensors of three dimensions, which stay dense."""
+
+NOT_LINEAR = {"gpt2", "openai-gpt", "falcon"}
+"""Families whose layers are no `nn.Linear`, so that the output layer alone is packed."""
+
+LARGEST = 2**40
+"""Numbers in a config.json beyond this are not believed."""
+
+
+class Matrix(NamedTuple):
+    """A matrix that is packed when a model is loaded in low bit."""
+
+    rows: int
+    """Outputs."""
+    columns: int
+    """Inputs."""
+    form: str = ""
+    """The format that it is stored in; empty where it is dense."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model is made of; its numbers are counts of weights unless they say otherwise."""
+
+    family: str
+    matrices: tuple[Matrix, ...]
+    """Without the output layer, where that is tied to the embedding."""
+    tied: Matrix | None
+    """The output layer that has the embedding's weights: read with each token, and packed beside the embedding."""
+    looked_up: int
+    """In embeddings, of which a token reads one row."""
+    experts: int
+    """In dense parts of a mixture."""
+    chosen: float
+    """Share of the experts that a token passes through."""
+    other: int
+    """In what else stays dense: norms, biases, convolutions."""
+    dense_bytes: int
+    """Of all that stays dense, as it is held: 2 bytes each unless the folder is in low bit already."""
+    form: str
+    """Format of a folder that is in low bit already; empty for every other."""
+    size_bytes: int
+    """Of the weight files."""
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    key_bytes: int
+    """Of keys and values of one token in one layer, in bfloat16."""
+    windows: tuple[int, ...]
+    """For each layer with keys and values, how many tokens it remembers; 0 is all."""
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes of keys and values of a conversation."""
+        return sum(min(tokens, window or tokens) for window in self.windows) * self.key_bytes
+
+    @property
+    def dense(self) -> int:
+        """Weights that are never packed."""
+        return self.looked_up + self.experts + self.other
+
+
+def read_shape(folder: Path) -> Shape:
+    """What the model in a folder is made of; of a GGUF, AWQ or GPTQ folder, the model that it would be made into.
+
+    Raises:
+        ModelError: the folder's files cannot be read, or hold no model.
+    """
+    file = next(iter(sorted(folder.glob("*.gguf"))), None)
+    if file is not None and not (folder / "config.json").exists():
+        return _gguf_shape(file)
+    config, files = read_config(folder), weight_files(folder)
+    tensors = {name: tensor for file in files for name, tensor in read_header(file).items()}
+    packing = config.get("quantization_config")
+    packing = packing if isinstance(packing, dict) else {}
+    method = str(packing.get("quant_method") or "")
+    form = resolve(packing.get("low_bit", "sym_int4")).name if method == "nibble" else ""
+    sizes = {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
+    matrices: dict[str, Matrix] = {}
+    if form:
+        matrices = _packed(tensors, FORMATS[form])
+        stored_bytes = sum(
+            prod(tensor["shape"]) * DTYPE_BITS[tensor["dtype"]] // 8
+            for name, tensor in tensors.items()
+            if name.removesuffix("_scale") not in matrices
+        )
+    elif method in ("awq", "gptq"):
+        sizes = _unpacked_sizes(sizes, method, packing)
+    dense = {name: size for name, size in sizes.items() if name.removesuffix("_scale") not in matrices}
+    size_bytes = sum(file.stat().st_size for file in files)
+    return _shape(config, dense, matrices, form, size_bytes, stored_bytes if form else None)
+
+
+def _gguf_shape(file: Path) -> Shape:
+    header = read_gguf_header(file)
+    family = family_of(header)
+    names = names_of(header, family)
+    sizes = {names[name]: info.shape for name, info in header.tensors.items() if name in names}
+    return _shape(config_of(header, family, ()), sizes, {}, "", file.stat().st_size, None)
+
+
+def _shape(
+    config: Mapping[str, Any], sizes: Mapping[str, tuple[int, ...]], packed: Mapping[str, Matrix], form: str,
+    size_bytes: int, dense_bytes: int | None,
+) -> Shape:  # fmt: skip
+    """Sort tensors by what becomes of them.
+
+    Args:
+        sizes: of the tensors that are stored dense.
+        packed: those that are not.
+        dense_bytes: of the former as they will be held; None is 2 bytes for each number.
+    """
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else config
+    family = str(config.get("model_type", ""))
+    counts = dict.fromkeys(("looked_up", "experts", "other"), 0)
+    matrices, table = list(packed.values()), (0, 0)
+    heads = {name.split(".")[-2] for name in (*sizes, *packed) if name.endswith(".weight") and "." in name} & HEADS
+    for name, size in sizes.items():
+        if len(size) == 2 and LOOKED_UP.search(name):
+            counts["looked_up"] += prod(size)
+            table = max(table, size, key=prod)  # type: ignore[type-var]
+        elif EXPERT.search(name):
+            counts["experts"] += prod(size)
+        elif _is_packed(name, size, family) and not form:
+            matrices.append(Matrix(*size))
+        else:
+            counts["other"] += prod(size)
+    if not matrices and not table[0]:
+        raise ModelError("The files hold no language model: neither an embedding nor a matrix.", "Name another model.")
+    layers = _whole(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    attention = _whole(text, "num_attention_heads", "n_head", "n_heads") or 1
+    hidden = _whole(text, "hidden_size", "n_embd", "d_model")
+    kv_heads = _whole(text, "num_key_value_heads", "num_kv_heads") or attention
+    total, chosen = _whole(text, "num_local_experts", "num_experts", "n_routed_experts"), _whole(
+        text, "num_experts_per_tok", "experts_per_token"
+    )
+    return Shape(
+        family=family, matrices=tuple(matrices), tied=None if heads or not table[0] else Matrix(*table), **counts,
+        chosen=min(1.0, chosen / total) if total and chosen else 1.0,
+        dense_bytes=2 * sum(counts.values()) if dense_bytes is None else dense_bytes,
+        form=form, size_bytes=size_bytes, layers=layers, hidden=hidden,
+        intermediate=_whole(text, "intermediate_size", "ffn_dim", "n_inner") or 4 * hidden,
+        vocabulary=_whole(text, "vocab_size") or table[0],
+        key_bytes=4 * kv_heads * (_whole(text, "head_dim") or hidden // attention),
+        windows=_windows(text, layers),
+    )  # fmt: skip
+
+
+def _is_packed(name: str, size: tuple[int, ...], family: str) -> bool:
+    if len(size) != 2 or not all(size) or not name.endswith(".weight") or KEPT.search(name):
+        return False
+    return family not in NOT_LINEAR or name.split(".")[-2:-1] in [[head] for head in HEADS]
+
+
+def _packed(tensors: Mapping[str, Any], declared: Format) -> dict[str, Matrix]:
+    """The matrices of a folder in low bit; codes are [out, blocks, bytes of a block], and scales tell the format."""
+    found = {}
+    for name, tensor in tensors.items():
+        scale = tensors.get(f"{name}_scale")
+        if scale is None or len(tensor["shape"]) != 3:
+            continue
+        rows, blocks, width = tensor["shape"]
+        kind = {"F16": "float16", "F32": "float32"}.get(scale["dtype"])
+        for fmt in (declared, *FORMATS.values()):
+            columns = blocks * fmt.block or width
+            if (
+                fmt.quantized
+                and fmt.scale == kind
+                and fmt.code_shape(rows, columns) == (rows, blocks, width)
+                and fmt.scale_shape(rows, columns) == tuple(scale["shape"])
+            ):
+                found[name] = Matrix(rows, columns, fmt.name)
+                break
+    return found
+
+
+def _unpacked_sizes(
+    sizes: Mapping[str, tuple[int, ...]], method: str, packing: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """Sizes of the weights that `qweight` tensors of AWQ [in, out / 8] and GPTQ [in / 8, out] hold (8 is for 4 bits)."""
+    per_word = 32 // min(_whole(packing, "bits", "w_bit") or 4, 32)
+    found = {}
+    for name, size in sizes.items():
+        stem, _, kind = name.rpartition(".")
+        if kind == "qweight" and len(size) == 2:
+            rows, columns = (size[1] * per_word, size[0]) if method == "awq" else (size[1], size[0] * per_word)
+            found[f"{stem}.weight"] = (rows, columns)
+        elif kind not in ("qzeros", "scales", "g_idx"):
+            found[name] = size
+    return found
+
+
+def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    kinds = config.get("layer_types")
+    window = _whole(config, "sliding_window")
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        return (0,) * min(layers, 10_000)
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds if "attention" in str(kind)[:32]
+                 and not str(kind).startswith("linear"))  # fmt: skip
+
+
+def _whole(config: Mapping[str, Any], *names: str) -> int:
+    """The first of these that is a believable whole number; 0 where none is."""
+    values: Iterable[Any] = (config.get(name) for name in names)
+    return next((value for value in values if type(value) is int and 0 < value <= LARGEST), 0)
