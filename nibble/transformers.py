@@ -32,6 +32,7 @@ from nibble.lowbit import attention, lean
 from nibble.lowbit.formats import DEFAULT, Format, resolve
 from nibble.lowbit.linear import LowBitLinear
 from nibble.lowbit.quantizer import METHOD, LowBitConfig
+from nibble.sources.safetensors import TOKENIZER_FILES
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +43,6 @@ WITHOUT_MEANING = (
     "pipeline_parallel_stages", "model_hub", "low_cpu_mem_usage",
 )  # fmt: skip
 """Arguments of IPEX-LLM that are accepted and change nothing here."""
-
-TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
-    "sentencepiece*.model", "*.tiktoken", "chat_template*", "*processor_config.json", "normalizer.json", "LICENSE*",
-)  # fmt: skip
-"""Files that are saved with a model just as they came."""
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 """An id on Hugging Face: owner/name."""

@@ -24,7 +24,7 @@ INSIDE = {
     "publish": {"publish"},
     "devices": {"devices"},
     "lowbit": {"lowbit", "devices", "publish"},
-    "transformers": {"lowbit", "devices", "publish", "checkpoint", "screen"},
+    "transformers": {"lowbit", "devices", "publish", "checkpoint", "screen", "sources.safetensors"},
     "shards": {"shards"},
     "sources": READING | {"sources", "lowbit", "bigdl"},
     "packing": READING | {"packing", "shards", "sources", "lowbit", "publish", "transformers"},
@@ -34,7 +34,7 @@ INSIDE = {
     "prompts": {"prompts", "engines.base", "screen.templates"},
     "engines": READING | {"engines", "prompts", "transformers", "lowbit", "devices", "bigdl.folders", "estimate"},
     "bigdl": READING
-    | {"bigdl", "prompts", "transformers", "lowbit", "devices", "publish", "shards"}
+    | {"bigdl", "prompts", "transformers", "lowbit", "devices", "publish", "shards", "sources.safetensors"}
     | {"engines.base", "engines.child", "engines.text", "engines.threaded", "engines.wire"},
     "jobs": {"jobs", "tasks"},
     "tasks": READING
@@ -65,6 +65,7 @@ TORCH_FREE = (
     "nibble.engines.bigdl", "nibble.bigdl.folders", "nibble.bigdl.older_folder", "nibble.bigdl.convert",
     "nibble.compat", "nibble.operator",
     "nibble.quality", "nibble.quality.table", "nibble.tasks.evaluate", "nibble.commands.evaluate",
+    "nibble.tasks.quantize", "nibble.commands.quantize", "nibble.sources",
 )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -30,12 +29,10 @@ from nibble.errors import ModelError, NibbleError
 from nibble.lowbit.blocks import QuantizedTensor
 from nibble.lowbit.quantizer import LowBitConfig
 from nibble.shards import Writer
-from nibble.transformers import TOKENIZER_FILES
+from nibble.sources.safetensors import copy_files
 
 DENSE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The library's names of formats in which nothing is packed."""
-
-KEPT = (*TOKENIZER_FILES, "generation_config.json")
 
 
 def convert_here(folder: Path, out: Path) -> Converted:
@@ -74,9 +71,7 @@ def convert_here(folder: Path, out: Path) -> Converted:
         )
         facts["format"] = result.format
         _write_config(fresh, config, result, plan)
-        for pattern in KEPT:
-            for path in folder.glob(pattern):
-                shutil.copyfile(path, fresh / path.name)
+        copy_files(folder, fresh)
     return result
 
 

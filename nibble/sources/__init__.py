@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nibble import screen
-from nibble.checkpoint import read_config
+from nibble.checkpoint import convert_hint, read_config
 from nibble.errors import ModelError
 from nibble.sources.base import Source, Stored
 
@@ -32,33 +32,31 @@ def open_source(folder: Path, *, trusted: bool = False) -> Source:
     """
     if folder.is_dir():
         screen.check_source(folder, trusted=trusted)
-    file = _gguf_file(folder)
-    if file is not None:
-        return _module("gguf").open(file)  # type: ignore[no-any-return]
-    method = str((read_config(folder).get("quantization_config") or {}).get("quant_method") or "")
-    if method == "nibble":
+    if folder.suffix == ".gguf" and folder.is_file():
+        return _module("gguf").open(folder)  # type: ignore[no-any-return]
+    screen.check_source(folder, trusted=trusted)
+    if not (folder / "config.json").exists():
+        return _module("gguf").open(_gguf_file(folder))  # type: ignore[no-any-return]
+    config = read_config(folder)
+    method = screen.quant_method(folder, config)
+    if method == screen.OURS:
         raise ModelError(
             f"{folder.name} is a low-bit model already, and quantizing it again would lose twice.",
             "Quantize the full-precision model that it was made from.",
         )
-    if method not in PACKERS:
+    if method not in PACKERS or screen.BIGDL_KEY in config:
         raise ModelError(
-            f"{folder.name} is stored in a form that is not read here ({method}).",
-            "Take its full-precision, GGUF, AWQ or GPTQ version.",
+            f"{folder.name} is stored in a form whose tensors are not read one by one here.", convert_hint(folder)
         )
     return _module(PACKERS[method]).open(folder)  # type: ignore[no-any-return]
 
 
-def _gguf_file(path: Path) -> Path | None:
-    if path.is_file() and path.suffix == ".gguf":
-        return path
-    if not path.is_dir() or (path / "config.json").exists():
-        return None
-    files = sorted(path.glob("*.gguf"))
+def _gguf_file(folder: Path) -> Path:
+    files = sorted(folder.glob("*.gguf"))
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
-        raise ModelError(f"{path.name} holds several GGUF files: {names}.", "Name one of the files.")
-    return files[0] if files else None
+        raise ModelError(f"{folder.name} holds several GGUF files: {names}.", "Name one of the files.")
+    return files[0]
 
 
 def _module(name: str) -> Any:

@@ -18,12 +18,11 @@ from nibble.sources.base import Stored
 if TYPE_CHECKING:
     import torch
 
-COPIED = (
+TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
     "sentencepiece*.model", "*.tiktoken", "chat_template*", "*processor_config.json", "normalizer.json", "LICENSE*",
-    "generation_config.json",
 )  # fmt: skip
-"""Files that go into the new folder just as they came."""
+"""Files that are saved with a model just as they came."""
 
 
 class Safetensors:
@@ -79,7 +78,7 @@ def _read(file: Path, name: str) -> torch.Tensor:
 
 def copy_files(source: Path, folder: Path) -> None:
     """Copy the tokenizer, its chat template and the generation config from one folder into another."""
-    for pattern in COPIED:
+    for pattern in (*TOKENIZER_FILES, "generation_config.json"):
         for path in source.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
