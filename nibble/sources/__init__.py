@@ -19,6 +19,9 @@ __all__ = ["Source", "Stored", "open_source"]
 PACKERS = {"": "safetensors", "awq": "awq", "gptq": "gptq"}
 """`quant_method` of config.json -> module of this package that reads such folders."""
 
+EARLIER = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Where the method's own program put its settings before config.json held them -> the method."""
+
 
 def open_source(folder: Path, *, trusted: bool = False) -> Source:
     """The checkpoint in a folder, or in a GGUF file.
@@ -38,7 +41,8 @@ def open_source(folder: Path, *, trusted: bool = False) -> Source:
     if not (folder / "config.json").exists():
         return _module("gguf").open(_gguf_file(folder))  # type: ignore[no-any-return]
     config = read_config(folder)
-    method = screen.quant_method(folder, config)
+    earlier = next((method for file, method in EARLIER.items() if (folder / file).is_file()), "")
+    method = screen.quant_method(folder, config) or earlier
     if method == screen.OURS:
         raise ModelError(
             f"{folder.name} is a low-bit model already, and quantizing it again would lose twice.",
