@@ -22,6 +22,9 @@ LARGER_JSON = {"model.safetensors.index.json": 32 * 2**20, "tokenizer.json": 96 
 MAX_HEADER_BYTES = 16 * 2**20
 """A header of 100,000 tensors has 11 MB; the safetensors library itself takes up to 100 MB."""
 
+MAX_BRACKETS = 500_000
+"""Opening brackets in a file: each makes an object of sixty bytes, and a header has three for a tensor."""
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
@@ -67,7 +70,7 @@ def read_json(path: Path) -> dict[str, Any]:
     where = f"{path.name} in {path.parent.name}"
     try:
         check_size(path, LARGER_JSON.get(path.name, MAX_JSON_BYTES))
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_bytes())
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}.", "Check the file and its permissions.") from None
     except (ValueError, RecursionError):
@@ -75,6 +78,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{where} is not a JSON object.", "Download that file again.")
     return value
+
+
+def parse_json(text: bytes, **options: Any) -> Any:
+    """What a JSON text says, as `json.loads` with these options.
+
+    Raises:
+        ValueError: not JSON in UTF-8, or one that would fill the memory.
+        RecursionError: nested too deeply.
+    """
+    if text.count(b"[") + text.count(b"{") > MAX_BRACKETS:
+        raise ValueError("far too many brackets")
+    return json.loads(text.decode("utf-8"), **options)
 
 
 def check_size(path: Path, limit: int) -> None:
@@ -161,7 +176,7 @@ def read_header(file: Path) -> dict[str, Any]:
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
                 raise _broken(file, "its header is cut short, malformed or too long")
-            header = json.loads(stream.read(length), object_pairs_hook=_no_repeats)
+            header = parse_json(stream.read(length), object_pairs_hook=_no_repeats)
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}.", "Check the file and its permissions.") from None
     except _RepeatedName as error:

@@ -109,6 +109,11 @@ def check_source(folder: Path, *, trusted: bool = False, weights: bool = True) -
         config = read_config(folder)
         check_code(folder, config, trusted=trusted)
         _check_quantization(folder, config)
+        if (folder / "adapter_config.json").exists():
+            raise ModelError(
+                f"{folder.name} holds an adapter beside the model, which transformers would put on it unasked.",
+                "Move adapter_config.json and the adapter's weights to a folder of their own, under home/adapters.",
+            )
         if weights and BIGDL_KEY not in config:
             tensors = sum(len(read_header(file)) for file in weight_files(folder))
             check_sizes(folder, config, tensors)

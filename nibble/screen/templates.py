@@ -24,6 +24,9 @@ MAX_CHARACTERS = 65_536
 MAX_NUMBER = 1_000_000
 """Largest number in a template, and most rounds of its loops over constant ranges."""
 
+MAX_DEPTH = 200
+"""Of a template's syntax tree; those of real models reach forty."""
+
 HOLDERS = ("tokenizer_config.json", "processor_config.json", "chat_template.json")
 """JSON files that may hold templates under `chat_template`."""
 
@@ -95,39 +98,44 @@ def check_template(text: str) -> str:
     if len(text) > MAX_CHARACTERS:
         return f"is longer than {MAX_CHARACTERS:,} characters"
     try:
-        tree = environment().parse(text)
-        return next((why for node in tree.find_all(nodes.Node) if (why := _misdeed(node))), "") or _loops(tree, 1)
+        waiting: list[tuple[nodes.Node, int, int]] = [(environment().parse(text), 0, 1)]
     except jinja2.TemplateSyntaxError:
         return ""
     except RecursionError:
         return "is nested too deeply"
-
-
-def _misdeed(node: nodes.Node) -> str:
-    if isinstance(node, OTHER_FILES):
-        return "reaches for another file"
-    if isinstance(node, nodes.Getattr) and node.attr.startswith("__"):
-        return f"reaches for {node.attr[:40]}"
-    if isinstance(node, nodes.Name) and node.name.startswith("__"):
-        return f"reaches for {node.name[:40]}"
-    if isinstance(node, nodes.Pow):
-        return "computes a power"
-    if isinstance(node, nodes.Const):
-        inside = INSIDES.search(node.value) if isinstance(node.value, str) else None
-        if inside:
-            return f"reaches for {inside[0][:40]}"
-        if isinstance(node.value, int | float) and abs(node.value) > MAX_NUMBER:
-            return f"counts beyond {MAX_NUMBER:,}"
+    while waiting:
+        node, depth, rounds = waiting.pop()
+        rounds *= _rounds(node)
+        if depth > MAX_DEPTH:
+            return "is nested too deeply"
+        if rounds > MAX_NUMBER:
+            return f"goes round more than {MAX_NUMBER:,} times"
+        if why := _misdeed(node):
+            return why
+        waiting += [(child, depth + 1, rounds) for child in node.iter_child_nodes()]
     return ""
 
 
-def _loops(node: nodes.Node, rounds: int) -> str:
-    """Whether loops in loops over constant ranges go round too often."""
-    if isinstance(node, nodes.For):
-        call = node.iter
-        if isinstance(call, nodes.Call) and isinstance(call.node, nodes.Name) and call.node.name == "range":
-            numbers = [item.value for item in call.args if isinstance(item, nodes.Const)]
-            rounds *= max([abs(number) for number in numbers if isinstance(number, int)], default=1)
-    if rounds > MAX_NUMBER:
-        return f"goes round more than {MAX_NUMBER:,} times"
-    return next((why for child in node.iter_child_nodes() if (why := _loops(child, rounds))), "")
+def _misdeed(node: nodes.Node) -> str:
+    name = node.attr if isinstance(node, nodes.Getattr) else node.name if isinstance(node, nodes.Name) else ""
+    if name.startswith("__"):
+        return f"reaches for {name[:40]}"
+    if isinstance(node, OTHER_FILES):
+        return "reaches for another file"
+    if isinstance(node, nodes.Pow):
+        return "computes a power"
+    value = node.value if isinstance(node, nodes.Const) else None
+    if isinstance(value, str) and (inside := INSIDES.search(value)):
+        return f"reaches for {inside[0][:40]}"
+    if isinstance(value, int | float) and abs(value) > MAX_NUMBER:
+        return f"counts beyond {MAX_NUMBER:,}"
+    return ""
+
+
+def _rounds(node: nodes.Node) -> int:
+    """How often a loop over a constant range goes round, about; 1 for everything else."""
+    call = node.iter if isinstance(node, nodes.For) else None
+    if not (isinstance(call, nodes.Call) and isinstance(call.node, nodes.Name) and call.node.name == "range"):
+        return 1
+    values = [item.value for item in call.args if isinstance(item, nodes.Const)]
+    return max([abs(value) for value in values if isinstance(value, int)], default=1)
