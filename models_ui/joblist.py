@@ -29,10 +29,7 @@ def title(job: Plain, language: Language) -> str:
     spec, task = job["spec"], job["task"]
     what = str(spec.get(SUBJECT.get(task, "model"), ""))
     what = PurePath(what).name if spec.get("paths") else what
-    if task == "quantize":
-        empty = "picked_format" if spec.get("pick") else "own_format"
-    else:
-        empty = "every_format"
+    empty = "picked_format" if spec.get("pick") else "own_format"
     chosen = ", ".join(spec.get("low_bit") or ()) or WORDS.say(empty, language)
     key = f"job_{task}" if task in SUBJECT else "job_other"
     return WORDS.say(key, language, what=what, formats=chosen, task=task)

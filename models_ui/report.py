@@ -13,6 +13,7 @@ from html import escape
 from typing import Any
 
 from models_ui.view import NOTHING, Say, nats, speed, table
+from models_ui.words import WORDS
 from nibble.jobs.progress import size
 
 Plain = Mapping[str, Any]
@@ -25,23 +26,32 @@ LINE = 13
 """Height of a name in the chart."""
 
 
-def report(known: Plain, say: Say) -> str:
-    """The whole report; says so where nothing was measured yet."""
+def report(known: Plain, chosen: str, say: Say) -> str:
+    """The whole report; says so where nothing was measured yet.
+
+    Args:
+        known: as `Operator.report` gives it; may be empty.
+        chosen: name of the model that it is about; its rows are marked among those of its kin.
+        say: the words.
+    """
     rows = list(known.get("formats", ()))
     if not rows:
         return f"<h5>{say('report')}</h5><p class='small'>{say('no_report')}</p>"
     text = known["text"]
-    under = say("report_of", tokens=text["tokens"], text=text["name"], device=known["device"])
-    lines = [_row(known["reference"], say, reference=True)] if known.get("reference") else []
-    lines += [_row(row, say) for row in rows]
+    name = WORDS.say("shipped", say.language) if text["name"] == "shipped" else text["name"]
+    under = say("report_of", tokens=text["tokens"], text=name, device=known["device"])
+    rows.sort(key=lambda row: (row.get("size_bytes") or 0, row.get("kl_mean") or 0))
+    lines = [_row(row, say, marked=row.get("name") == chosen) for row in rows]
+    lines += [_row(known["reference"], say, reference=True)] if known.get("reference") else []
     keys = ("format", "perplexity", "kl", "kl95", "top1", "size", "speed")
     parts = [f"<h5>{say('report')}</h5>", table([say(f"th_{key}") for key in keys], lines, "quality")]
-    parts += [f"<p class='small'>{under}</p>", chart(rows, say), worst(rows, say)]
+    own = [row for row in rows if row.get("name") == chosen] or rows
+    parts += [f"<p class='small'>{under}</p>", chart(rows, chosen, say), worst(own, say)]
     return "".join(parts)
 
 
-def _row(row: Plain, say: Say, *, reference: bool = False) -> str:
-    name = say("reference", format=row["format"]) if reference else escape(row["format"])
+def _row(row: Plain, say: Say, *, reference: bool = False, marked: bool = False) -> str:
+    name = escape(row["format"]) + (f"<small>{say('reference')}</small>" if reference else "")
     top1 = row.get("top1")
     perplexity = row.get("perplexity")
     cells = [
@@ -52,7 +62,8 @@ def _row(row: Plain, say: Say, *, reference: bool = False) -> str:
         size(row["size_bytes"]) if row.get("size_bytes") else NOTHING,
         speed(row.get("tokens_per_s")),
     ]
-    return f"<tr><th scope='row'>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+    mark = " class='chosen'" if marked else ""
+    return f"<tr{mark}><th scope='row'>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
 def worst(rows: Sequence[Plain], say: Say) -> str:
@@ -78,9 +89,10 @@ class Point:
     x: float
     y: float
     told: str
+    marked: bool
 
 
-def chart(rows: Sequence[Plain], say: Say) -> str:
+def chart(rows: Sequence[Plain], chosen: str, say: Say) -> str:
     """Size against KL, one point for each format; the loss by its logarithm. Empty for fewer than two formats."""
     kept = [row for row in rows if row.get("size_bytes") and (row.get("kl_mean") or 0) > 0]
     if len(kept) < 2:
@@ -110,7 +122,13 @@ def chart(rows: Sequence[Plain], say: Say) -> str:
     grid += f"<text x='{WIDTH - RIGHT}' y='{HEIGHT - 2}' text-anchor='end'>{say('th_size')}</text>"
     grid += f"<text x='{LEFT - 44}' y='{TOP - 4}'>KL</text>"
     points = [
-        Point(row["format"], x(row["size_bytes"]), y(loss), f"{size(row['size_bytes'])}, KL {nats(row['kl_mean'])}")
+        Point(
+            row["format"],
+            x(row["size_bytes"]),
+            y(loss),
+            f"{size(row['size_bytes'])}, KL {nats(row['kl_mean'])}",
+            row.get("name") == chosen,
+        )  # fmt: skip
         for row, loss in zip(kept, losses, strict=True)
     ]
     drawn = "".join(_point(point, line) for point, line in zip(points, _lines(points), strict=True))
@@ -122,8 +140,9 @@ def chart(rows: Sequence[Plain], say: Say) -> str:
 
 def _point(point: Point, line: float) -> str:
     lead = f"<line class='lead' x1='{point.x:.1f}' y1='{point.y:.1f}' x2='{point.x + 10:.1f}' y2='{line:.1f}'/>"
+    mark = " class='chosen'" if point.marked else ""
     return (
-        f"<g><title>{escape(point.name)}: {escape(point.told)}</title>{lead}"
+        f"<g{mark}><title>{escape(point.name)}: {escape(point.told)}</title>{lead}"
         f"<circle cx='{point.x:.1f}' cy='{point.y:.1f}' r='4'/>"
         f"<text class='name' x='{point.x + 12:.1f}' y='{line + 4:.1f}'>{escape(point.name)}</text></g>"
     )

@@ -16,28 +16,20 @@ import gradio as gr
 
 from models_ui import forms, view
 from models_ui.console import command
-from models_ui.joblist import joblist, made, title
-from models_ui.report import report
+from models_ui.joblist import made, title
+from models_ui.scene import Changes, Scene
 from models_ui.view import Say, told
 from models_ui.widgets import Widgets
 from models_ui.words import WORDS
 from nibble.border import sentence
 from nibble.errors import ModelError, NibbleError
-from nibble.jobs import LIVE
 from nibble.jobs.progress import size
-from nibble.lowbit.formats import FORMATS
 from nibble.operator import Operator
 from nibble.wishes import Download, Evaluate
 from nibble.words import language_of
 
-Changes = dict[Any, Any]
-"""Widget -> what becomes of it."""
-
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 QUICK: dict[str, Any] = {**PRIVATE, "queue": False}
-
-SHOWN_JOBS = 12
-LOG_LINES = 40
 
 
 def say_from(request: gr.Request) -> Say:
@@ -53,6 +45,7 @@ class Wiring:
     ) -> None:
         self.w = widgets
         self.operator = operator
+        self.scene = Scene(widgets, operator)
         self.status = status
         self.standing = standing
 
@@ -60,12 +53,10 @@ class Wiring:
         """Attach every handler."""
         get, shrink, keep = self.w.get, self.w.shrink, self.w.keep
         here = [keep.library, shrink.source, self.w.jobs]
-        work = [self.w.jobs, self.w.live, self.w.timer]
-        shelf = [
-            keep.library, keep.known, keep.disk, keep.load, keep.unload, keep.judge, keep.delete, keep.really,
-            keep.asks, shrink.source, shrink.formats,
-        ]  # fmt: skip
-        tab.select(self.opened, here, [*shelf, *work], **PRIVATE).then(self.measured, here, shelf, **PRIVATE)
+        shelf, work = self.scene.shelves, self.scene.working
+        tab.select(self.opened, here, [*shelf, *work], **PRIVATE).then(
+            self.measured, here, [*shelf, keep.said], **PRIVATE
+        )
         self.w.timer.tick(self.tick, [*here, self.w.live], [*shelf, *work, self.status], **QUICK)
 
         get.start.click(self.get, get.fields, [get.said, *work], **PRIVATE)
@@ -92,86 +83,29 @@ class Wiring:
         for tab in others:
             tab.select(lambda: gr.Timer(active=False), None, self.w.timer, **QUICK)
 
-    # What the page shows.
-
-    async def shelf(self, say: Say, chosen: str, source: str) -> Changes:
-        """The library, the chosen model, and the formats of the source."""
-        return await asyncio.to_thread(self._shelf, say, chosen, source)
-
-    def _shelf(self, say: Say, chosen: str, source: str) -> Changes:
-        models = self.operator.shelf()
-        by_name = {model["name"]: model for model in models}
-        dense = [name for name, model in by_name.items() if not model["problem"] and _can_shrink(model)]
-        source = source or (dense[0] if dense else "")
-        model = by_name.get(chosen)
-        usable = model is not None and not model["problem"]
-        loadable = usable and model is not None and model["kind"] == "model"
-        loaded = model is not None and model["loaded"]
-        keep = self.w.keep
-        changes: Changes = {
-            keep.library: gr.update(value=chosen if model else "", rows=view.library(models, chosen, say)),
-            keep.known: self._known(model, say),
-            keep.disk: f"<p class='small'>{self._disk(say)}</p>",
-            keep.load: gr.update(interactive=loadable and not loaded),
-            keep.unload: gr.update(interactive=loaded),
-            keep.judge: gr.update(interactive=loadable),
-            keep.delete: gr.update(interactive=model is not None and not loaded and chosen != "guide"),
-            keep.really: gr.update(visible=False),
-            self.w.shrink.source: gr.update(choices=dense, value=source or None),
-        }
-        return changes | {self.w.shrink.formats: gr.update(rows=self._formats(say, source, by_name.get(source)))}
-
-    def _known(self, model: dict[str, Any] | None, say: Say) -> str:
-        if model is None:
-            return f"<p class='small'>{say('choose_one')}</p>"
-        facts = view.facts(model, say)
-        return facts if model["problem"] else facts + report(self.operator.report(model["name"]), say)
-
-    def _disk(self, say: Say) -> str:
-        use = self.operator.disk_use()
-        line = say("disk_use", used=size(use.models + use.adapters), free=size(use.free))
-        return f"{line} {say('unfinished', size=size(use.unfinished))}" if use.unfinished else line
-
-    def _formats(self, say: Say, source: str, model: dict[str, Any] | None) -> str:
-        if model is None:
-            return view.formats((), {}, say)
-        estimates = self.operator.estimates(source)
-        note = "" if self.operator.measured else "measuring"
-        stored = model["kind"] == "source"
-        return view.formats(estimates, self.operator.report(source), say, source=stored, note=note)
-
-    async def work(self, say: Say, unfolded: str) -> Changes:
-        """The jobs, and whether there is something to look at."""
-        return await asyncio.to_thread(self._work, say, unfolded)
-
-    def _work(self, say: Say, unfolded: str) -> Changes:
-        jobs = self.operator.jobs(SHOWN_JOBS)
-        log = ""
-        if unfolded in [job["id"] for job in jobs]:
-            log = "\n".join(self.operator.job(unfolded).log().splitlines()[-LOG_LINES:])
-        live = [job["id"] for job in jobs if job["state"] in LIVE]
-        shown = gr.update(rows=joblist(jobs, unfolded, log, say))
-        return {self.w.jobs: shown, self.w.live: live, self.w.timer: gr.Timer(active=bool(live))}
-
     # What an operator does.
 
     async def opened(self, request: gr.Request, chosen: str, source: str, unfolded: str) -> Changes:
         """The tab was opened."""
         say = say_from(request)
         chosen = chosen or self.operator.answering
-        return await self.shelf(say, chosen, source) | await self.work(say, unfolded)
+        return await self.scene.shelf(say, chosen, source) | await self.scene.work(say, unfolded)
 
-    async def measured(self, request: gr.Request, chosen: str, source: str, unfolded: str) -> Changes:
-        """The tab is open: once the machine's speed is known, the estimates appear."""
-        if self.operator.measured:
+    async def measured(self, request: gr.Request, chosen: str, source: str, unfolded: str) -> Any:
+        """The tab is open: once the machine's speed is known, the estimates are whole."""
+        if await asyncio.to_thread(lambda: self.operator.measured):
             return gr.skip()
-        await asyncio.to_thread(self.operator.measure)
-        return await self.shelf(say_from(request), chosen, source)
+        said, say = "", say_from(request)
+        try:
+            await asyncio.to_thread(self.operator.measure)
+        except Exception as error:  # noqa: BLE001 - the border of the page
+            said = self._refused(error, say)
+        return await self.scene.shelf(say, chosen, source) | {self.w.keep.said: said}
 
     async def tick(self, request: gr.Request, chosen: str, source: str, unfolded: str, lived: Sequence[str]) -> Changes:
         """A second has gone by while a job lives. What a job has made is in the library at once."""
         say = say_from(request)
-        changes = await self.work(say, unfolded)
+        changes = await self.scene.work(say, unfolded)
         ended = set(lived) - set(changes[self.w.live])
         if not ended:
             return changes
@@ -179,7 +113,7 @@ class Wiring:
             job = (await asyncio.to_thread(self.operator.job, job_id)).as_dict()
             judged = [str(job["spec"]["model"])] if job["task"] == "evaluate" and job["state"] == "done" else []
             chosen = next(reversed(made(job) or judged), chosen)
-        return changes | await self.shelf(say, chosen, source) | {self.status: self.standing(request)}
+        return changes | await self.scene.shelf(say, chosen, source) | {self.status: self.standing(request)}
 
     async def _begin(self, request: gr.Request, said: gr.HTML, start: Callable[[], dict[str, Any]]) -> Changes:
         """Start a job, and show it among the others; or say why not."""
@@ -189,7 +123,7 @@ class Wiring:
         except Exception as error:  # noqa: BLE001 - the border of the page
             return {said: self._refused(error, say)}
         began = WORDS.say("began", say.language, what=title(job, say.language))
-        return {said: told(began)} | await self.work(say, "")
+        return {said: told(began)} | await self.scene.work(say, "")
 
     def _refused(self, error: Exception, say: Say) -> str:
         return told(WORDS.say("refused", say.language, error=sentence(error, say.language)), wrong=True)
@@ -206,10 +140,7 @@ class Wiring:
 
     async def formats(self, request: gr.Request, source: str) -> Changes:
         """Another source was chosen: what each format costs there."""
-        say = say_from(request)
-        models = await asyncio.to_thread(self.operator.cards)
-        model = next((model for model in models if model["name"] == source), None)
-        return {self.w.shrink.formats: gr.update(rows=await asyncio.to_thread(self._formats, say, source, model))}
+        return await self.scene.formats(say_from(request), source)
 
     async def shrink(self, request: gr.Request, *fields: Any) -> Changes:
         """The button Start."""
@@ -244,7 +175,7 @@ class Wiring:
 
     async def choose(self, request: gr.Request, chosen: str, source: str, unfolded: str) -> Changes:
         """A model was chosen."""
-        return await self.shelf(say_from(request), chosen, source) | {self.w.keep.said: ""}
+        return await self.scene.shelf(say_from(request), chosen, source) | {self.w.keep.said: ""}
 
     async def load(self, request: gr.Request, chosen: str, source: str, unfolded: str) -> AsyncIterator[Changes]:
         """The button Load."""
@@ -261,14 +192,14 @@ class Wiring:
             )  # fmt: skip
         except Exception as error:  # noqa: BLE001 - the border of the page
             said = self._refused(error, say)
-        yield await self.shelf(say, chosen, source) | {keep.said: said, self.status: self.standing(request)}
+        yield await self.scene.shelf(say, chosen, source) | {keep.said: said, self.status: self.standing(request)}
 
     async def unload(self, request: gr.Request, chosen: str, source: str, unfolded: str) -> Changes:
         """The button Unload."""
         say = say_from(request)
         await self.operator.unload()
         said = {self.w.keep.said: told(WORDS.say("is_unloaded", say.language)), self.status: self.standing(request)}
-        return await self.shelf(say, chosen, source) | said
+        return await self.scene.shelf(say, chosen, source) | said
 
     async def judge(self, request: gr.Request, chosen: str) -> Changes:
         """The button Evaluate."""
@@ -290,11 +221,11 @@ class Wiring:
         except Exception as error:  # noqa: BLE001 - the border of the page
             said = self._refused(error, say)
         source = "" if source == chosen else source
-        return await self.shelf(say, chosen, source) | {self.w.keep.said: said}
+        return await self.scene.shelf(say, chosen, source) | {self.w.keep.said: said}
 
     async def unfold(self, request: gr.Request, unfolded: str) -> Changes:
         """The log of a job is to be seen, or no longer."""
-        return await self.work(say_from(request), unfolded)
+        return await self.scene.work(say_from(request), unfolded)
 
     async def act(
         self, request: gr.Request, event: gr.EventData, chosen: str, source: str, unfolded: str
@@ -313,10 +244,4 @@ class Wiring:
             await asyncio.to_thread(getattr(self.operator, act), subject)
         except Exception as error:  # noqa: BLE001 - the border of the page
             said = {self.w.keep.said: self._refused(error, say)}
-        yield await self.work(say, unfolded) | said
-
-
-def _can_shrink(model: dict[str, Any]) -> bool:
-    """Whether low-bit models can be made of it: it is in full precision, or in a form that is converted."""
-    form = FORMATS.get(model["format"])
-    return model["kind"] == "source" or (model["kind"] == "model" and (form is None or not form.quantized))
+        yield await self.scene.work(say, unfolded) | said

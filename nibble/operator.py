@@ -18,10 +18,13 @@ from nibble import jobs, library, probe
 from nibble.config import Settings
 from nibble.engines.base import EngineInfo
 from nibble.engines.bigdl import judge, models
-from nibble.errors import ModelError
+from nibble.errors import DeviceError, ModelError, NibbleError
+from nibble.estimate import estimates
 from nibble.jobs import Job
 from nibble.library import DiskUse, ModelCard
-from nibble.quality.kept import kept
+from nibble.lowbit.formats import resolve
+from nibble.probe import Machine
+from nibble.quality.kept import kept, merge
 from nibble.tasks.download import request_from
 from nibble.wishes import Download, Evaluate, Quantize, text
 
@@ -55,6 +58,7 @@ class Operator:
         self._settings = settings
         self._config = config
         self._measuring = threading.Lock()
+        self._unmeasurable = False
 
     @property
     def home(self) -> Path:
@@ -76,12 +80,24 @@ class Operator:
 
     def shelf(self) -> list[dict[str, Any]]:
         """As `cards`, each with its estimate (in the format that it would be loaded in) and what it has lost there."""
-        return [card | {"estimate": None, "quality": _own_row(self._kept(card["name"]), card)} for card in self.cards()]
+        machine = self._machine()
+        return [self._with_figures(card, machine) for card in self.cards()]
+
+    def _with_figures(self, card: dict[str, Any], machine: Machine) -> dict[str, Any]:
+        if card["kind"] != "model" or card["problem"]:
+            return card | {"estimate": None, "quality": None}
+        wanted = [resolve(self._settings.low_bit).name]
+        try:
+            estimate = asdict(estimates(self._folder(card["name"]), machine, formats=wanted)[0])
+        except NibbleError:  # the headers of a form that few use may tell too little
+            estimate = None
+        lost = (row for row in self._kept(card["name"]).get("formats", ()) if row["format"] == card["format"])
+        return card | {"estimate": estimate, "quality": next(lost, None)}
 
     @property
     def measured(self) -> bool:
-        """Whether this machine's speed is known, on which the estimates rest."""
-        return probe.known(self.home) is not None
+        """Whether this machine's speed, on which the estimates rest, is known, or cannot be."""
+        return self._unmeasurable or probe.known(self.home) is not None
 
     def measure(self) -> None:
         """Measure this machine, where that has not been done; takes some seconds then.
@@ -90,25 +106,43 @@ class Operator:
             DeviceError: it could not be measured.
         """
         with self._measuring:
-            probe.ensure(self.home)
+            try:
+                probe.ensure(self.home)
+            except DeviceError:
+                self._unmeasurable = True
+                raise
+
+    def _machine(self) -> Machine:
+        """This machine as far as it is known."""
+        return (probe.known(self.home) or probe.unmeasured()).on(self._settings.device)
 
     def estimates(self, name: str) -> list[dict[str, Any]]:
-        """What a model would take in each format.
+        """What a model would take in each format; one in low bit already has one row.
 
         Raises:
-            ModelError: there is no such model.
+            ModelError: there is no such model, or it cannot be read.
         """
-        self._folder(name)
-        return []
+        return [asdict(row) for row in estimates(self._folder(name), self._machine())]
 
     def report(self, name: str) -> dict[str, Any]:
-        """What a model has lost, as it was measured last; empty where it never was.
+        """What a model and its kin, made from the same one, have lost; empty where nothing was measured.
+
+        The form is that of `nibble.quality.measure`. Only what was measured on the same text is put side by side.
 
         Raises:
             ModelError: there is no such model.
         """
         self._folder(name)
-        return self._kept(name)
+        own = self._kept(name)
+        base = (own.get("reference") or {}).get("name") or name
+        kin = [self._kept(card.name) for card in self._models() if card.name != name]
+        kin = sorted((r for r in kin if (r.get("reference") or {}).get("name") == base), key=lambda r: r["measured"])
+        whole = own or (kin.pop() if kin else {})
+        for report in kin:
+            # The whole keeps its own rows, and its own text where that differs.
+            whole = merge(report, whole)
+        rows = {(row["format"], str(row.get("overrides") or "")): row for row in whole.get("formats", ())}
+        return whole | {"formats": list(rows.values())} if whole else {}
 
     def _kept(self, name: str) -> dict[str, Any]:
         return kept(name, self.home) or {} if library.NAME.fullmatch(name) else {}
@@ -205,7 +239,7 @@ class Operator:
             against = text(wish.against)
             library.find(against, self.home)
             spec["against"] = against
-        return self._start("evaluate", spec, exclusive=self.device)
+        return self._start("evaluate", spec | {"device": self.device}, exclusive=self.device)
 
     def _start(self, task: str, spec: Mapping[str, Any], exclusive: str | None = None) -> dict[str, Any]:
         return jobs.start(task, {**spec, **self.surroundings}, home=self.home, exclusive=exclusive).as_dict()
@@ -255,9 +289,3 @@ class Operator:
             JobError: there is no such job, or it waits, runs or is done.
         """
         return jobs.resume(text(job_id), self.home).as_dict()
-
-
-def _own_row(report: Mapping[str, Any], card: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a report says of a model as it is stored."""
-    rows = (row for row in report.get("formats", ()) if row["format"] == card["format"])
-    return next(rows, None)
