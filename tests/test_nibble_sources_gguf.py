@@ -30,10 +30,11 @@ from nibble.sources import gguf_tokenizer, open_source
 from nibble.sources.gguf import OURS
 from nibble.sources.gguf_families import shortest
 from nibble.sources.gguf_header import read_header
-from nibble.tasks import Report, quantize
+from nibble.tasks import quantize
 from nibble.transformers import AutoModelForCausalLM as LowBit
 from tests.conftest import ROOT
 from tests.support.ggufs import put, write_gguf, write_tokenizer
+from tests.support.reports import SILENT
 
 KINDS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
@@ -42,19 +43,6 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": None,
     "tie_word_embeddings": False,
 }  # fmt: skip
-
-
-class Silent:
-    """A report that nobody reads."""
-
-    def progress(self, done: float, total: float, unit: str = "", stage: str = "") -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
-
-
-SILENT: Report = Silent()
 
 
 @pytest.fixture(scope="module")
