@@ -1,15 +1,23 @@
 """What a folder is, and what is wrong with it, told before anything is loaded."""
 
+import errno
 import json
 import shutil
 import struct
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from nibble import jobs, publish
 from nibble.errors import ModelError
-from nibble.library import find, inspect, models
+from nibble.library import adapters, delete, disk_use, find, inspect, models
 from nibble.screen import check
+from tests.support.hostile import edit
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -18,10 +26,6 @@ def folder(stories: Path, tmp_path: Path) -> Path:
     copy = tmp_path / "stories"
     shutil.copytree(stories, copy)
     return copy
-
-
-def edit(path: Path, **values: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
 
 
 def test_a_good_folder_is_described(folder: Path) -> None:
@@ -113,3 +117,192 @@ def test_a_broken_model_does_not_hide_the_others(folder: Path, tmp_path: Path) -
     cards = {card.name: card for card in models(home)}
     assert cards["good"].problem == ""
     assert "not valid JSON" in cards["bad"].problem
+
+
+BAD_NAMES = [
+    f"{before}{core}{after}"
+    for before in ("", "../", "/", "./", "models/../", "-", ".", "..", "\u202e", " ", "~", "$(id)", "%2e/", "\\", "\0")
+    for core in ("", "..", "stories/..", "../models-evil", "models-evil/stories", "CON", "nul.txt", "a" * 300, "a b")
+    for after in ("", "/", "\0", ";$(id)", "/../../..", "\n", "\u202e", "`id`", "*")
+    if f"{before}{core}{after}" not in ("", "CON")
+]  # fmt: skip
+
+
+def test_no_name_leads_out_of_home(stories: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    for place in ("models", "models-evil", "adapters"):
+        shutil.copytree(stories, home / place / "stories")
+    shutil.copytree(stories, tmp_path / "a b")
+    before = sorted(path for path in tmp_path.rglob("*"))
+    names = [
+        *BAD_NAMES,
+        "",
+        "CON",
+        "con",
+        "Nul",
+        "com1.x",
+        str(home / "models" / "stories"),
+        "stories/",
+        "st*",
+        "x" * 129,
+    ]
+    assert len(names) >= 500
+    for name in names:
+        with pytest.raises(ModelError, match="There is no model"):
+            find(name, home)
+        with pytest.raises(ModelError, match="There is no model or adapter"):
+            delete(name, home, loaded=())
+    for name in ("x" * 5_000, "~nobody-of-that-name/x", "a\0b"):
+        with pytest.raises(ModelError, match="There is no model or folder"):
+            find(name, home, paths=True)
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+def test_deleting_is_whole_and_frees_what_it_says(stories: Path, tmp_path: Path) -> None:
+    for place in ("models/one", "models/two", "adapters/one"):
+        shutil.copytree(stories, tmp_path / place)
+    size = sum(path.stat().st_size for path in stories.iterdir())
+    used = disk_use(tmp_path)
+    assert (used.models, used.adapters, used.runs, used.unfinished) == (2 * size, size, 0, 0)
+    assert delete("one", tmp_path, loaded=["two"]) == size
+    assert not (tmp_path / "models" / "one").exists()
+    assert (tmp_path / "adapters" / "one").exists()
+    assert delete("one", tmp_path, loaded=()) == size
+    assert list((tmp_path / "adapters").glob("[!.]*")) == []
+    with pytest.raises(ModelError, match="two is loaded"):
+        delete("two", tmp_path, loaded=["two"])
+    with pytest.raises(ModelError, match="guide is part of Nibble"):
+        delete("guide", tmp_path, loaded=())
+    assert disk_use(tmp_path).models == size
+
+
+def test_what_a_save_or_a_job_uses_is_not_deleted(
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "made-sym_int4", "made"):
+        shutil.copytree(stories, tmp_path / "models" / name)
+    with publish.alone(tmp_path / "models" / "one"), pytest.raises(ModelError, match="being saved already"):
+        delete("one", tmp_path, loaded=())
+    job = jobs.start(
+        "quantize", {"model": "one", "low_bit": ["nf4"], "out": "made", "home": str(tmp_path)}, home=tmp_path
+    )
+    try:
+        lasting = replace(job, state="running")
+        monkeypatch.setattr(jobs, "list_jobs", lambda home: [lasting])
+        for name in ("one", "made", "made-sym_int4"):
+            with pytest.raises(ModelError, match=job.id):
+                delete(name, tmp_path, loaded=())
+    finally:
+        jobs.stop(job.id, tmp_path)
+    monkeypatch.setattr(jobs, "list_jobs", lambda home: [replace(job, state="done")])
+    assert delete("one", tmp_path, loaded=()) > 0
+
+
+def test_a_link_is_deleted_and_what_it_leads_to_stays(stories: Path, tmp_path: Path) -> None:
+    shutil.copytree(stories, tmp_path / "elsewhere")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert [card.name for card in models(tmp_path) if card.loadable] == ["guide", "linked"]
+    assert delete("linked", tmp_path, loaded=()) == 0
+    assert not (tmp_path / "models" / "linked").is_symlink()
+    check(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("failing", ["rename", "_sync"])
+def test_a_delete_that_fails_leaves_the_model_as_it_was(
+    failing: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    folder.rename(tmp_path / "models" / "stories")
+    place, real = (Path, Path.rename) if failing == "rename" else (publish, publish._sync)
+    failures = iter([True])
+
+    def fails(*arguments: object) -> object:
+        if next(failures, False):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(*arguments)  # type: ignore[operator]
+
+    monkeypatch.setattr(place, failing, fails)
+    with pytest.raises(ModelError, match="stories cannot be deleted: Input/output error"):
+        delete("stories", tmp_path, loaded=())
+    check(tmp_path / "models" / "stories")
+
+
+def test_a_delete_that_was_killed_is_finished_at_the_next_start(stories: Path, tmp_path: Path) -> None:
+    root = tmp_path / "models"
+    shutil.copytree(stories, root / "stories")
+    code = (
+        "import os, shutil, sys; from pathlib import Path; from nibble import publish\n"
+        "shutil.rmtree = lambda *a, **k: os.kill(os.getpid(), 9)\n"
+        "publish.remove(Path(sys.argv[1]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(root / "stories")], cwd=ROOT)
+    assert done.returncode == -9
+    assert [card.name for card in models(tmp_path)] == ["guide"]
+    assert disk_use(tmp_path).unfinished > 0
+    publish.clean_all(root)
+    assert disk_use(tmp_path).unfinished == 0
+
+
+def test_kinds_of_folders_are_told_apart(stories: Path, tmp_path: Path) -> None:
+    root = tmp_path / "models"
+    for name in ("awq", "bigdl", "plain", "other"):
+        shutil.copytree(stories, root / name)
+    edit(root / "awq" / "config.json", quantization_config={"quant_method": "awq", "bits": 4})
+    edit(root / "bigdl" / "config.json", bigdl_transformers_low_bit="sym_int4")
+    (root / "bigdl" / "model.safetensors").rename(root / "bigdl" / "pytorch_model.bin")
+    edit(root / "other" / "config.json", quantization_config={"quant_method": "eetq"})
+    (root / "gguf").mkdir()
+    (root / "gguf" / "m-q4_0.gguf").write_bytes(b"GGUF" + bytes(96))
+    for leftover in (".plain.tmp-1", ".got.part", ".plain.lock"):
+        (root / leftover).mkdir()
+    cards = {card.name: card for card in models(tmp_path)}
+    assert cards.keys() == {"guide", "awq", "bigdl", "gguf", "other", "plain"}
+    assert {name: card.kind for name, card in cards.items() if not card.problem} == {
+        "guide": "model", "plain": "model", "awq": "source", "bigdl": "source", "gguf": "source",
+    }  # fmt: skip
+    assert {name: cards[name].format for name in ("awq", "bigdl", "gguf")} == {
+        "awq": "awq", "bigdl": "sym_int4", "gguf": "gguf",
+    }  # fmt: skip
+    for name in ("awq", "bigdl", "gguf"):
+        assert f"nibble quantize {name}" in cards[name].note
+        assert cards[name].size_bytes > 0
+        assert not cards[name].loadable
+    assert "eetq" in cards["other"].problem
+    assert (cards["guide"].template, cards["plain"].template) == ("tokenizer", "")
+
+
+def test_adapters_are_listed_with_their_base(stories: Path, tmp_path: Path) -> None:
+    root = tmp_path / "adapters"
+    for name in ("mine", "evil", "bare"):
+        (root / name).mkdir(parents=True)
+        shutil.copy(stories / "model.safetensors", root / name / "adapter_model.safetensors")
+    edit(root / "mine" / "adapter_config.json", peft_type="LORA", base_model_name_or_path="guide", r=8)
+    edit(root / "evil" / "adapter_config.json", peft_type="LORA", auto_mapping={"parent_library": "evil"})
+    cards = {card.name: card for card in adapters(tmp_path)}
+    mine = cards["mine"]
+    assert (mine.kind, mine.base, mine.format, mine.parameters, mine.problem) == (
+        "adapter",
+        "guide",
+        "LORA",
+        260_032,
+        "",
+    )
+    assert "foreign module" in cards["evil"].problem
+    assert "adapter_config.json" in cards["bare"].problem
+    assert adapters(tmp_path / "nowhere") == []
+
+
+def test_a_manifest_that_lies_is_broken(folder: Path) -> None:
+    for files in (
+        {"../../x": {"size": 1, "sha256": ""}},
+        {"/etc/passwd": {"size": 1, "sha256": ""}},
+        {"a": 5},
+        {"a": {}},
+    ):
+        (folder / "nibble.json").write_text(json.dumps({"files": files}))
+        with pytest.raises(ModelError, match=r"nibble\.json in stories is broken"):
+            publish.read_manifest(folder)
+    (folder / "nibble.json").write_bytes(b"[" * 100_000)
+    with pytest.raises(ModelError, match=r"nibble\.json in stories is broken"):
+        inspect(folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ MAX_NUMBER = 1_000_000
 """Largest number in a template, and most rounds of its loops over constant ranges."""
 
 MAX_DEPTH = 200
-"""Of a template's syntax tree; those of real models reach forty."""
+"""Of a template's syntax tree; the deepest of ours, of the guide's and of Qwen2.5's has 12."""
 
 HOLDERS = ("tokenizer_config.json", "processor_config.json", "chat_template.json")
 """JSON files that may hold templates under `chat_template`."""
@@ -90,6 +91,7 @@ def _named(file: str, value: Any) -> dict[str, str]:
     return {}
 
 
+@lru_cache(maxsize=256)
 def check_template(text: str) -> str:
     """What a template does that must not be, to go on a sentence about it; empty where it does nothing of the kind.
 
