@@ -63,8 +63,11 @@ def _build_library(operator: Operator) -> None:
 
     async def estimates(name: str) -> list[Plain]:
         """What a model would take in each format: disk, memory, speed, whether it fits. Measures the machine first."""
-        await asyncio.to_thread(operator.measure)
-        return await asyncio.to_thread(operator.estimates, name)
+        rows = await asyncio.to_thread(operator.estimates, name)
+        if not await asyncio.to_thread(lambda: operator.measured):
+            await asyncio.to_thread(operator.measure)
+            rows = await asyncio.to_thread(operator.estimates, name)
+        return rows
 
     async def report(name: str) -> Plain:
         """What a model has lost in low bit, as it was measured last; empty where it never was."""

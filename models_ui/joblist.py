@@ -89,9 +89,9 @@ def made(job: Plain) -> list[str]:
     result = job["result"] or {}
     if job["state"] != "done":
         return []
-    if job["task"] == "quantize":
-        return [str(model["name"]) for model in result.get("models", ())]
-    return [str(result["name"])] if job["task"] == "download" and not job["spec"].get("file") else []
+    # A GGUF file alone is a source: it is shrunk before it is loaded.
+    found = result.get("models", ()) if job["task"] == "quantize" else [] if job["spec"].get("file") else [result]
+    return [str(model["name"]) for model in found if job["task"] in ("quantize", "download") and model.get("name")]
 
 
 def _progress(job: Plain, say: Say) -> str:

@@ -234,11 +234,10 @@ class Operator:
         Raises:
             NibbleError: as `quantize`.
         """
-        spec = self._source(wish.model) | wish.spec()
+        spec = self._local(wish.model) | wish.spec()
         if wish.against:
-            against = text(wish.against)
-            library.find(against, self.home)
-            spec["against"] = against
+            self._folder(wish.against)
+            spec["against"] = text(wish.against)
         return self._start("evaluate", spec | {"device": self.device}, exclusive=self.device)
 
     def _start(self, task: str, spec: Mapping[str, Any], exclusive: str | None = None) -> dict[str, Any]:
@@ -252,11 +251,16 @@ class Operator:
     def _source(self, model: object) -> dict[str, Any]:
         """The part of a spec that says which model: one that is here, or an id on a hub."""
         name = text(model)
-        if "/" in name:
-            request_from({"repo": name}, self._settings)
-        elif self._folder(name) == self._own():
-            return {"model": str(self._folder(name).resolve()), "paths": True}
+        if "/" not in name:
+            return self._local(name)
+        request_from({"repo": name}, self._settings)
         return {"model": name}
+
+    def _local(self, model: object) -> dict[str, Any]:
+        """The same, of a model that is here."""
+        folder = self._folder(model)
+        own = {"model": str(folder.resolve()), "paths": True}
+        return own if folder == self._own() else {"model": text(model)}
 
     # The jobs.
 
