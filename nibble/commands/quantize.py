@@ -10,11 +10,12 @@ from typing import Any
 from nibble.config import Settings
 from nibble.errors import ConfigError
 from nibble.jobs import run_foreground
+from nibble.quality.table import lines
 
 SETTINGS = ["home"]
 
 DEVICE = "cpu"
-"""What this work and a job on the same device wait for each other for."""
+"""Where the work is done: this and a job on the same device wait for each other."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +51,8 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
         return
     for model in result["models"]:
         print(line(model))
+    if result["report"]:
+        print("\n".join(["", *lines(result["report"]), ""]))
     print(f'Chat with it:   python -m nibble ask --model {result["models"][0]["name"]} "Hello"')
 
 

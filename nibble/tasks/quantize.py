@@ -19,15 +19,20 @@ from nibble.bigdl.convert import convert
 from nibble.bigdl.folders import saved_format
 from nibble.checkpoint import read_config
 from nibble.config import Settings, check_keys, load_settings
-from nibble.errors import ModelError
+from nibble.errors import ModelError, NibbleError
 from nibble.lowbit.formats import ALIASES, resolve
+from nibble.quality import Subject, compare, keep
+from nibble.quality.measuring import Conditions
+from nibble.quality.text import read_text
 from nibble.tasks import Report, download
 
-KEYS = ["model", "low_bit", "out", "skip", "overrides", "evaluate", "text", "pick", "home", "config", "paths", "resume"]
+KEYS = [
+    "model", "low_bit", "out", "skip", "overrides", "evaluate", "text", "home", "config", "paths", "resume",
+]  # fmt: skip
 """What a spec may say; only `model` must be there: a name, a hub's org/name or, where `paths`, a folder or GGUF file.
-`low_bit`: formats, one folder each; none keeps the forms that the source has. `out`: a name (default MODEL-FORMAT).
-`skip`, `overrides`: as `LowBitConfig`. `evaluate`: measure what was lost. `home`, `config`, `paths` and `text`, a file,
-are never a visitor's to choose."""
+`low_bit`: formats, one folder each; none keeps the forms that the source has. `out`: a name (default MODEL-FORMAT, and
+OUT-FORMAT where there are several). `skip`, `overrides`: as `LowBitConfig`. `evaluate`: measure what was lost. `text`:
+a file to measure on. `text`, `home`, `config` and `paths` are never a visitor's to choose."""
 
 REMOTE = re.compile(r"[\w.-]+/[\w.-]+|https://\S+")
 """A model on a hub."""
@@ -48,7 +53,7 @@ class Order:
     skip: tuple[str, ...] = ()
     overrides: Mapping[str, str] = field(default_factory=dict)
     evaluate: bool = True
-    text: str = ""
+    text: Path | None = None
     paths: bool = False
 
 
@@ -71,12 +76,16 @@ def run(spec: Mapping[str, Any], report: Report) -> dict[str, Any]:
         os.environ.setdefault(variable, value)
     settings = load_settings({"home": spec.get("home") or None}, Path(spec["config"]) if spec.get("config") else None)
     order = order_from(spec)
+    if order.evaluate:
+        read_text(order.text)  # A text that cannot be read is told before hours of work, not after.
     origin = _origin(order, settings, report)
     try:
         models = _pack(order, origin, settings, report)
+        found = _measure(order, origin, models, settings, report) if order.evaluate else None
     except OSError as error:
-        raise _disk(error, settings.home_folder) from error
-    return {"models": models, "report": None}
+        raise _unwritten(error, settings.home_folder) from error
+    rows = {row["name"]: row for row in found["formats"]} if found else {}
+    return {"models": [model | {"quality": rows.get(model["name"])} for model in models], "report": found}
 
 
 def order_from(spec: Mapping[str, Any]) -> Order:
@@ -101,10 +110,12 @@ def order_from(spec: Mapping[str, Any]) -> Order:
             f"{out!r} cannot be a model's name here.",
             f"Use letters, digits, dots, dashes and underscores, and not {library.GUIDE}.",
         )
+    paths = bool(spec.get("paths"))
+    text = Path(spec["text"]).expanduser() if spec.get("text") and paths else None
     overrides = {str(pattern): resolve(name).name for pattern, name in (spec.get("overrides") or {}).items()}
     return Order(
         model, tuple(dict.fromkeys(fmt.name for fmt in formats)), out, tuple(map(str, spec.get("skip") or ())),
-        overrides, bool(spec.get("evaluate", True)), str(spec.get("text") or ""), bool(spec.get("paths")),
+        overrides, bool(spec.get("evaluate", True)), text, paths,
     )  # fmt: skip
 
 
@@ -145,9 +156,8 @@ def _pack(order: Order, origin: Path, settings: Settings, report: Report) -> lis
     from nibble.packing import Packing, pack, plan
     from nibble.sources import open_source
 
-    name = library.GUIDE if origin == library.GUIDE_FOLDER else origin.stem if origin.is_file() else origin.name
-    trusted = name in settings.trust_remote_code
-    source = open_source(origin, trusted=trusted)
+    name = _name(origin)
+    source = open_source(origin, trusted=name in settings.trust_remote_code)
     packings = [Packing(low_bit, order.skip, order.overrides) for low_bit in order.low_bit or ("",)]
     formats = order.low_bit or (plan(source, packings[0]).config.low_bit,)
     folders = _folders(order, name, formats, settings.home_folder, origin)
@@ -160,7 +170,6 @@ def _told(folder: Path, name: str, size: int, before: int, kept: int) -> dict[st
     """What the result says of one model."""
     return {
         "name": folder.name, "folder": str(folder), "format": name, "bytes": size, "from_bytes": before, "kept": kept,
-        "quality": None,
     }  # fmt: skip
 
 
@@ -196,7 +205,38 @@ def _convert(order: Order, origin: Path, settings: Settings, report: Report) -> 
     return _told(folder, result.format, size, before, 0)
 
 
-def _disk(error: OSError, home: Path) -> ModelError:
+def _measure(
+    order: Order, origin: Path, models: list[dict[str, Any]], settings: Settings, report: Report
+) -> dict[str, Any] | None:
+    """What the new models lost, beside the original where that is in full precision; kept with each of them.
+
+    None where it could not be measured: the models are there all the same.
+    """
+    folders = [Path(model["folder"]) for model in models]
+    dense = origin.is_dir() and (origin / "config.json").exists() and not read_config(origin).get("quantization_config")
+    reference = origin if dense and not saved_format(read_config(origin)) else None
+    conditions = Conditions(text=order.text, trusted=settings.trust_remote_code)
+    try:
+        found = compare([Subject(folder) for folder in folders], reference, conditions, report)
+    except NibbleError as error:
+        report.note(f"What was lost could not be measured. {error}")
+        return None
+    found["model"] = _name(origin)
+    for folder, row in zip(folders, found["formats"], strict=True):
+        keep(folder.name, settings.home_folder, found | {"model": folder.name, "formats": [row]}, folder)
+    if origin in (library.GUIDE_FOLDER, settings.home_folder / "models" / origin.name):
+        keep(found["model"], settings.home_folder, found)
+    return found
+
+
+def _name(origin: Path) -> str:
+    """What to call the model in a folder, or in a GGUF file."""
+    if origin == library.GUIDE_FOLDER:
+        return library.GUIDE
+    return origin.stem if origin.is_file() else origin.name
+
+
+def _unwritten(error: OSError, home: Path) -> ModelError:
     if error.errno in FULL:
         return ModelError(
             "The disk became full while the model was written; nothing was changed.",
