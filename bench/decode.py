@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +47,16 @@ FLOORS = {"memory": 1.3, "bandwidth": 0.35, "long_prompt": 0.6}
 NEW_TOKENS = 33
 
 
-def write_model(folder: Path, shape: str) -> None:
-    """A Qwen2 model with random bfloat16 weights, one shard a layer, so that no more than a shard is in memory."""
+def write_model(folder: Path, shape: Mapping[str, Any], family: str = "qwen2") -> None:
+    """A model with random bfloat16 weights, one shard a layer, so that no more than a shard is in memory."""
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, Qwen2Config
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = Qwen2Config(**SHAPES[shape], max_position_embeddings=32768, dtype="bfloat16")
+    config = AutoConfig.for_model(family, **shape, max_position_embeddings=32768, dtype="bfloat16")
     with torch.device("meta"):
-        tensors = AutoModelForCausalLM.from_config(config).state_dict()
+        model = AutoModelForCausalLM.from_config(config)
+    tensors = model.state_dict()
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight")
     shards: dict[str, dict[str, torch.Tensor]] = {}
@@ -72,7 +74,7 @@ def write_model(folder: Path, shape: str) -> None:
         save_file(filled, folder / file, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": {name: file for file, names in shards.items() for name in names}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    config.architectures = ["Qwen2ForCausalLM"]
+    config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
 
 
@@ -186,7 +188,7 @@ def main() -> int:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.json").exists():
-            write_model(folder, arguments.shape)
+            write_model(folder, SHAPES[arguments.shape])
         for low_bit in arguments.low_bit:
             # A fresh process each: what the last one had allocated would hide a peak.
             command = [sys.executable, __file__, "--measure", "--low-bit", low_bit, "--folder", str(folder)]

@@ -113,7 +113,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.model is None:
-            write_model(Path(folder), arguments.shape)
+            write_model(Path(folder), SHAPES[arguments.shape])
             write_byte_tokenizer(Path(folder))
         engine = LocalEngine.load(arguments.model or folder, arguments.low_bit, name=arguments.shape)
         good = measure(engine, arguments.prompt, arguments.times)
