@@ -1,6 +1,6 @@
 """What Nibble says that a model will take, against what it then takes: memory at its peak and between answers, and speed.
 
-    python bench/estimates.py [--shapes NAME ...] [--formats NAME ...] [--context 512] [--priority -10] [--write]
+    python bench/estimates.py [--shapes NAME ...] [--formats NAME ...] [--context 512] [--answers 5] [--write]
 
 Writes random weights in the shape of a real model, estimates from the headers, then loads it with the real engine in a
 fresh process for each format. Memory is private memory (RssAnon of /proc) and the resident pages of mapped weight files,
@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,12 +64,14 @@ AIM = {"peak_bytes": 0.15, "steady_bytes": 0.15, "tokens_per_s": 0.30}
 
 DOCUMENT = ROOT / "docs" / "estimates.md"
 FIGURES = ROOT / "docs" / "estimates.json"
-ANSWERS, ANSWER_TOKENS, PATIENCE_S = 5, 24, 30
-CHAT_WORDS, WORDS_A_TOKEN = 96, 1
+BEGIN, END = "<!-- bench/estimates.py -->", "<!-- end -->"
+"""What stands between these marks in the document is written by `--write`."""
+ANSWER_TOKENS, LAST_TOKENS, PATIENCE_S = 24, 4, 30
+CHAT_WORDS = 96
 
 
-def measure(folder: Path, low_bit: str, context: int, priority: int) -> dict[str, float]:
-    """Load, answer and measure, in this process."""
+def measure(folder: Path, low_bit: str, context: int, answers: int) -> dict[str, float]:
+    """Load, answer and measure, in this process; no answers leave the speed unmeasured."""
     from nibble.engines.base import Sampling
     from nibble.engines.local import LocalEngine
 
@@ -82,20 +85,16 @@ def measure(folder: Path, low_bit: str, context: int, priority: int) -> dict[str
         sampling = Sampling(max_new_tokens=tokens, temperature=0)
         return list(engine.stream(message, sampling, threading.Event()))[-1]
 
-    if priority:
-        for thread in os.listdir("/proc/self/task"):
-            os.setpriority(os.PRIO_PROCESS, int(thread), priority)
-    start, speed, short = time.perf_counter(), 0.0, None
-    for _ in range(ANSWERS):
-        short = answer(CHAT_WORDS, ANSWER_TOKENS)
-        speed = max(speed, short.tokens_per_s)
+    start, speed = time.perf_counter(), 0.0
+    for _ in range(answers):
+        speed = max(speed, answer(CHAT_WORDS, ANSWER_TOKENS).tokens_per_s)
         if time.perf_counter() - start > PATIENCE_S:
             break
     with Peak() as answering:
-        long = answer(CHAT_WORDS + context - short.prompt_tokens - 2 * ANSWER_TOKENS, ANSWER_TOKENS // 3)
-    held = private_memory() + mapped_weights()
+        long = answer(context - CHAT_WORDS // 2, LAST_TOKENS)
+    mapped = mapped_weights()
     return {
-        "peak_bytes": max(loading.bytes, answering.bytes + mapped_weights()), "steady_bytes": held,
+        "peak_bytes": max(loading.bytes, answering.bytes + mapped), "steady_bytes": private_memory() + mapped,
         "tokens_per_s": speed, "context": long.prompt_tokens + long.tokens, "load_s": load_s,
     }  # fmt: skip
 
@@ -124,36 +123,37 @@ def write(folder: Path, model: Model, tokenizers: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def compare(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Estimates and measurements of one shape, a row for each format; printed as they come."""
+def compare(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Estimates and measurements of one shape, a row for each format."""
     from nibble.estimate import estimates
     from nibble.probe import ensure
 
+    machine = ensure(arguments.home)
     with tempfile.TemporaryDirectory(dir=arguments.work) as temporary:
         folder = Path(temporary) / name
         write(folder, MODELS[name], arguments.tokenizers)
-        rows = []
         for low_bit in arguments.formats:
             command = [sys.executable, __file__, "--measure", str(folder), "--formats", low_bit]
-            command += ["--context", str(arguments.context), "--priority", str(arguments.priority)]
+            command += ["--context", str(arguments.context), "--answers", str(arguments.answers)]
             # A fresh process each: what the last one had allocated would hide a peak.
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             measured = json.loads(output.splitlines()[-1])
-            told = estimates(folder, ensure(arguments.home), formats=[low_bit], context=measured["context"])[0]
-            rows.append({"shape": name, "format": low_bit, "told": asdict(told), "measured": measured})
-            print(line(rows[-1]), flush=True)
-    return rows
+            told = estimates(folder, machine, formats=[low_bit], context=measured["context"])[0]
+            yield {"shape": name, "format": low_bit, "told": asdict(told), "measured": measured}
+
+
+def cells(row: dict[str, Any], key: str) -> tuple[str, str]:
+    """One figure: told / measured, and their ratio; `!` where it misses the aim."""
+    told, measured = row["told"][key], row["measured"][key]
+    if not told or not measured:
+        return "not measured", ""
+    figures = f"{told:.1f} / {measured:.1f}" if key == "tokens_per_s" else f"{told / 1e6:.0f} / {measured / 1e6:.0f}"
+    return figures, f"{told / measured:.2f}" + ("" if abs(told / measured - 1) <= AIM[key] else " !")
 
 
 def line(row: dict[str, Any]) -> str:
     """One row of the table."""
-    cells = [row["shape"], row["format"]]
-    for key, aim in AIM.items():
-        told, measured = row["told"][key], row["measured"][key]
-        ratio = told / measured if measured else 0.0
-        figures = f"{told:.1f} / {measured:.1f}" if key == "tokens_per_s" else f"{told / 1e6:.0f} / {measured / 1e6:.0f}"
-        cells += [figures, f"{ratio:.2f}" + ("" if abs(ratio - 1) <= aim else " !")]
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join([row["shape"], row["format"], *(cell for key in AIM for cell in cells(row, key))]) + " |"
 
 
 HEAD = (
@@ -162,14 +162,28 @@ HEAD = (
 )
 
 
-def document(rows: list[dict[str, Any]], machine: str, context: int) -> str:
-    """docs/estimates.md."""
-    missed = {key: sum(abs(row["told"][key] / row["measured"][key] - 1) > aim for row in rows) for key, aim in AIM.items()}
-    return (ROOT / "bench" / "estimates.md.in").read_text(encoding="utf-8").format(
-        table="\n".join([HEAD, *map(line, rows)]), machine=machine, context=context, rows=len(rows),
-        date=time.strftime("%Y-%m-%d"), command="python bench/estimates.py --write",
-        missed_peak=missed["peak_bytes"], missed_steady=missed["steady_bytes"], missed_speed=missed["tokens_per_s"],
-    )  # fmt: skip
+def keep(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Renew the table between its marks, and how it came about. A speed that was not measured now keeps its old figure."""
+    known = {(row["shape"], row["format"]): row for row in json.loads(FIGURES.read_text())} if FIGURES.exists() else {}
+    for row in rows:
+        before = known.get((row["shape"], row["format"]))
+        if before and not arguments.answers:
+            row["told"]["tokens_per_s"] = before["told"]["tokens_per_s"]
+            row["measured"]["tokens_per_s"] = before["measured"]["tokens_per_s"]
+        known[row["shape"], row["format"]] = row
+    merged = sorted(known.values(), key=lambda row: (list(MODELS).index(row["shape"]), FORMATS.index(row["format"])))
+    FIGURES.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
+    within = {key: [cells(row, key)[1] for row in merged if cells(row, key)[1]] for key in AIM}
+    held = "; ".join(
+        f"{words} {sum('!' not in ratio for ratio in within[key])} of {len(within[key])} within {AIM[key]:.0%}"
+        for key, words in (("peak_bytes", "peak"), ("steady_bytes", "between answers"), ("tokens_per_s", "speed"))
+    )
+    facts = f"{time.strftime('%Y-%m-%d')}, {arguments.machine}, torch {metadata.version('torch')}, transformers "
+    facts += f"{metadata.version('transformers')}, conversations of about {arguments.context} tokens: {held}."
+    before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    table = "\n".join([HEAD, *map(line, merged)])
+    DOCUMENT.write_text(f"{before}{BEGIN}\n{facts}\n\n{table}\n{END}{after}", encoding="utf-8")
 
 
 def main() -> int:
@@ -177,8 +191,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), metavar="NAME")
-    parser.add_argument("--context", type=int, default=512, help="tokens of the conversation that memory is measured with")
-    parser.add_argument("--priority", type=int, default=0, help="of the timed part, where other work shares the machine")
+    parser.add_argument(
+        "--context", type=int, default=512, help="tokens of the conversation that memory is measured with"
+    )
+    parser.add_argument("--answers", type=int, default=5, help="of which the fastest counts; 0 leaves speed unmeasured")
     parser.add_argument("--tokenizers", type=Path, default=ROOT.parent / "shared" / "data" / "tokenizers")
     parser.add_argument("--home", type=Path, default=Path("~/.nibble").expanduser(), help="where machine.json is kept")
     parser.add_argument("--work", type=Path, help="folder for the random models; they are removed")
@@ -187,12 +203,14 @@ def main() -> int:
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(arguments.measure, arguments.formats[0], arguments.context, arguments.priority)))
+        print(json.dumps(measure(arguments.measure, arguments.formats[0], arguments.context, arguments.answers)))
         return 0
     print(HEAD)
-    rows = [row for name in arguments.shapes for row in compare(name, arguments)]
-    if arguments.write:
-        DOCUMENT.write_text(document(rows, arguments.machine, arguments.context), encoding="utf-8")
+    for name in arguments.shapes:
+        for row in compare(name, arguments):
+            print(line(row), flush=True)
+            if arguments.write:
+                keep([row], arguments)
     return 0
 
 
