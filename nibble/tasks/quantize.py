@@ -34,7 +34,7 @@ KEYS = [
 OUT-FORMAT where there are several). `skip`, `overrides`: as `LowBitConfig`. `evaluate`: measure what was lost. `text`:
 a file to measure on. `text`, `home`, `config` and `paths` are never a visitor's to choose."""
 
-REMOTE = re.compile(r"[\w.-]+/[\w.-]+|https://\S+")
+REMOTE = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|https://\S+")
 """A model on a hub."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
