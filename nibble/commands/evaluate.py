@@ -31,4 +31,4 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     if arguments.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return
-    print("\n".join([*lines(found), "", *worst_layers(found)]))
+    print("\n".join([*lines(found), "", *worst_layers(found)]).rstrip())

@@ -94,6 +94,14 @@ class Work:
             found["layers"] = layers.errors(model, layers.DenseWeights(Path(self.spec["dense"])))[: layers.WORST]
         return found
 
+    def sensitivity(self) -> dict[str, Any]:
+        """What packing each layer alone would cost, in each of `formats`."""
+        from nibble.quality import sensitivity, subject
+
+        model = subject.load(self.folder, {"load_in_low_bit": "bf16", "trust_remote_code": self.trusted}, self.device)
+        found = sensitivity.sensitivities(model, self.windows, self.spec["formats"], self.progress)
+        return self._shared() | {"sensitivities": found}
+
     def _beside(self, model: Any) -> Any:
         from nibble.quality import distance
 
@@ -119,7 +127,7 @@ class Work:
         return {"windows": self.windows, "fingerprint": self.fingerprint, "device": self.device.kind}
 
 
-WORKS = {"reference": Work.reference, "measure": Work.measure}
+WORKS = {"reference": Work.reference, "measure": Work.measure, "sensitivity": Work.sensitivity}
 
 
 def work(spec: Mapping[str, Any], progress: Any) -> dict[str, Any]:

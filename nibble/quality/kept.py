@@ -6,16 +6,16 @@ Promises that a reader finds a whole report or none, and that figures of other f
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nibble.errors import ModelError
 from nibble.library import NAME, find
-from nibble.publish import MANIFEST, read_manifest
+from nibble.publish import MANIFEST, alone, read_manifest
 
 
 def kept(name: str, home: Path) -> dict[str, Any] | None:
@@ -50,12 +50,16 @@ def keep(name: str, home: Path, report: Mapping[str, Any], folder: Path | None =
         OSError: writing failed; what was kept before is untouched.
     """
     file = _file(name, home)
-    merged = merge(_read(file), report)
     file.parent.mkdir(parents=True, exist_ok=True)
-    _write(file, merged)
-    manifest = read_manifest(folder) if folder else {}
-    if folder and manifest:
-        _write(folder / MANIFEST, manifest | {"quality": dict(report)})
+    with (file.parent / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        merged = merge(_read(file), report)
+        _write(file, merged)
+    # A folder that is being saved anew will hold another model: these figures are not its own.
+    with contextlib.suppress(ModelError):
+        if folder and read_manifest(folder):
+            with alone(folder):
+                _write(folder / MANIFEST, read_manifest(folder) | {"quality": dict(report)})
     return merged
 
 
@@ -99,14 +103,11 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _write(file: Path, value: Mapping[str, Any]) -> None:
-    """Put a JSON file in place whole, synced."""
-    fresh = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    try:
-        with fresh.open("w", encoding="utf-8") as stream:
-            json.dump(value, stream, indent=2, ensure_ascii=False, allow_nan=False)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        fresh.replace(file)
-    finally:
-        fresh.unlink(missing_ok=True)
+    """Put a JSON file in place whole, synced; one writer at a time, for the unfinished file always has the same name."""
+    fresh = file.with_name(f".{file.name}.tmp")
+    with fresh.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=2, ensure_ascii=False, allow_nan=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    fresh.replace(file)

@@ -166,8 +166,7 @@ def compare(
     if conditions.tokens < 1:
         raise DataError(f"{conditions.tokens} tokens cannot be measured on.", "Ask for some thousand.")
     text = read_text(conditions.text)
-    with tempfile.TemporaryFile(dir=conditions.scratch) as file:
-        bench = _Bench(conditions, report or Silent(), len(subjects) + (2 if reference else 0), file.fileno())
+    with Bench(conditions, report or Silent(), len(subjects) + (2 if reference else 0)) as bench:
         full = bench.take_reference(reference) if reference else None
         rows = [bench.measure(subject) for subject in subjects]
     return {
@@ -181,17 +180,32 @@ def compare(
     }
 
 
-class _Bench:
-    """The children of one comparison: asks them in turn and hands what one has found to the next."""
+class Bench:
+    """The children of one comparison: asks them in turn and hands what one has found to the next.
 
-    def __init__(self, conditions: Conditions, report: Reports, count: int, fd: int) -> None:
+    Within `with` it holds the file of the reference's log-probabilities, which has no name: it goes with the process.
+    """
+
+    def __init__(self, conditions: Conditions, report: Reports, count: int) -> None:
+        """
+        Args:
+            conditions: text, device and the like.
+            report: told how far it is.
+            count: children that will be asked, for the progress.
+        """
         self._conditions = conditions
         self._report = report
         self._count, self._done = count, 0
-        self._fd = fd
+        self._file = tempfile.TemporaryFile(dir=conditions.scratch)  # noqa: SIM115 - closed by __exit__
         self._shared: dict[str, Any] = {}
         """For every later child: the windows, the tokenizer's fingerprint and, with a reference, its file."""
         self._reference: Path | None = None
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     @property
     def positions(self) -> int:
@@ -213,7 +227,9 @@ class _Bench:
             )
         self._reference = folder
         room = min(MAX_REFERENCE_BYTES, self._room())
-        found = self._ask(folder, {"work": "reference", "fd": self._fd, "room": room, "needed": reference_bytes(card)})
+        found = self._ask(
+            folder, {"work": "reference", "fd": self._file.fileno(), "room": room, "needed": reference_bytes(card)}
+        )
         if "free" in found:
             self._report.note(
                 f"{card.name} in full precision needs about {reference_bytes(card) / 1e9:.1f} GB of memory, and "
@@ -221,7 +237,7 @@ class _Bench:
             )
             self._done += 1
             return None
-        self._shared |= {"fd": self._fd, "vocabulary": found["vocabulary"], "against": card.name}
+        self._shared |= {"fd": self._file.fileno(), "vocabulary": found["vocabulary"], "against": card.name}
         if self.positions < self._conditions.tokens:
             self._report.note(
                 f"{self.positions} tokens are measured, of {self._conditions.tokens} that were asked for."
@@ -236,8 +252,15 @@ class _Bench:
         card = inspect(subject.folder, subject.name)
         dense = str(self._reference) if self._reference and subject.low_bit != "bf16" else ""
         found = self._ask(subject.folder, {"work": "measure", "options": subject.options, "dense": dense})
+        stored = read_config(subject.folder).get("quantization_config") or {}
+        overrides = dict(subject.overrides or stored.get("overrides") or {})
         row = self._row(subject.low_bit or card.format, card, found)
-        return row | ({"overrides": dict(subject.overrides)} if subject.overrides else {})
+        return row | ({"overrides": overrides} if overrides else {})
+
+    def sensitivities(self, folder: Path, formats: Sequence[str]) -> list[dict[str, Any]]:
+        """As `nibble.quality.sensitivity.sensitivities`, on the same text."""
+        found = self._ask(folder, {"work": "sensitivity", "formats": list(dict.fromkeys(formats))})
+        return list(found["sensitivities"])
 
     def _row(self, name: str, card: ModelCard, found: Mapping[str, Any]) -> dict[str, Any]:
         return {"format": name, "name": card.name} | {key: found.get(key) for key in FIGURES}
@@ -251,10 +274,10 @@ class _Bench:
         }  # fmt: skip
 
         def progress(done: float, total: float) -> None:
-            self._report.progress(self._done + done / max(total, 1), self._count, "models", "evaluate")
+            self._report.progress(round(self._done + done / max(total, 1), 2), self._count, "models", "evaluate")
 
         progress(0, 1)
-        found = ask({**spec, **self._shared, **extra}, progress, fds=[self._fd])
+        found = ask({**spec, **self._shared, **extra}, progress, fds=[self._file.fileno()])
         self._done += 1
         progress(0, 1)
         self._shared |= {key: found[key] for key in ("fingerprint", "windows", "device")}

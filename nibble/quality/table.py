@@ -42,14 +42,17 @@ def lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def worst_layers(report: Mapping[str, Any]) -> list[str]:
-    """The layers of each format that differ most from their dense weights, a line each."""
-    found = []
-    for row in report["formats"]:
-        if row["layers"]:
-            found.append(f"worst layers in {row['format']} (relative error of the weight):")
-            names = [[f"  {layer['name']}", layer["format"], f"{layer['error']:.4f}"] for layer in row["layers"]]
-            found += aligned(names)
-    return found
+    """The layers that differ most from their dense weights: ten lines for one format, a line each for several."""
+    rows = [row for row in report["formats"] if row["layers"]]
+    if len(rows) == 1:
+        layers = [[f"  {layer['name']}", layer["format"], f"{layer['error']:.4f}"] for layer in rows[0]["layers"]]
+        return ["Worst layers, by relative error of the weight:", *aligned(layers)]
+    short = [[f"  {row['format']}", *(_short(layer) for layer in row["layers"][:3])] for row in rows]
+    return ["Worst layers in each format, by relative error of the weight:", *aligned(short)] if short else []
+
+
+def _short(layer: Mapping[str, Any]) -> str:
+    return f"{layer['name'].removeprefix('model.')} {layer['error']:.4f}"
 
 
 def cell(row: Mapping[str, Any], key: str, show: Callable[[Any], str]) -> str:
