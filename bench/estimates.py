@@ -1,13 +1,13 @@
-"""What Nibble says that a model will take, against what it then takes: memory at its peak and between answers, and speed.
+"""What Nibble says that a model will take, against what it then takes: memory at its peak and between answers; speed.
 
     python bench/estimates.py [--shapes NAME ...] [--formats NAME ...] [--context 512] [--answers 5] [--write]
 
 Writes random weights in the shape of a real model, estimates from the headers, then loads it with the real engine in a
-fresh process for each format. Memory is private memory (RssAnon of /proc) and the resident pages of mapped weight files,
-which a dense model is left with; at its peak private memory alone, as mapped pages can be given up while loading. Speed
-is that of the best of several short answers. `--write` renews docs/estimates.md with what is measured, and keeps what
-it says of other shapes. A tokenizer of a model's size is looked for in `--tokenizers`; without it the guide's serves, and
-the estimate of memory is then too high by some hundred bytes a token.
+fresh process for each format. Memory is private memory (RssAnon of /proc) and the resident pages of mapped weights, which
+a dense model is left with; while loading it is private memory alone, as mapped pages can be given up then. Speed is that
+of the best of several short answers. `--write` renews the table in docs/estimates.md row by row; rows that are not
+measured now stay. A tokenizer of the model's size is looked for in `--tokenizers`; without it the guide's serves, and the
+estimate of memory is then too high, by a kilobyte for each token of the model.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ HEAD = (
 
 
 def keep(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    """Renew the table between its marks, and how it came about. A speed that was not measured now keeps its old figure."""
+    """Renew the table between its marks, and how it came about; a speed that was not measured now stays as it was."""
     known = {(row["shape"], row["format"]): row for row in json.loads(FIGURES.read_text())} if FIGURES.exists() else {}
     for row in rows:
         before = known.get((row["shape"], row["format"]))

@@ -47,7 +47,7 @@ INSIDE = {
     | {"tasks.download"},
     "commands": READING
     | {"commands", "engines", "prompts.trial", "devices", "hosting", "jobs", "estimate", "lowbit.formats"}
-    | {"quality.table"},
+    | {"quality.table", "quality.kept", "probe"},
     "hosting": {"hosting"},
     "hub": {"hub", "library", "screen", "publish"},
     "data": {"data", "prompts", "engines.base"},
@@ -66,6 +66,7 @@ TORCH_FREE = (
     "nibble.compat", "nibble.operator",
     "nibble.quality", "nibble.quality.table", "nibble.tasks.evaluate", "nibble.commands.evaluate",
     "nibble.tasks.quantize", "nibble.commands.quantize", "nibble.sources",
+    "nibble.estimate", "nibble.probe", "nibble.commands.models",
 )  # fmt: skip
 
 

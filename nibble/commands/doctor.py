@@ -8,12 +8,13 @@ import os
 import platform
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
-from nibble import __version__, devices, hosting
+from nibble import __version__, devices, hosting, probe
 from nibble.config import Settings
 from nibble.engines import bigdl
 from nibble.errors import NibbleError
@@ -35,11 +36,13 @@ class Finding:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add this command's own flags."""
     parser.add_argument("--json", action="store_true", help="print one JSON list")
+    parser.add_argument("--measure", action="store_true", help="measure this machine first; takes some seconds")
 
 
 def run(arguments: argparse.Namespace, settings: Settings) -> None:
     """Print every finding; one that fails is a finding too, so that one broken thing does not hide the others."""
-    findings = [finding for look in LOOKS for finding in _guarded(look, settings)]
+    looks = (_measure, *LOOKS) if arguments.measure else LOOKS
+    findings = [finding for look in looks for finding in _guarded(look, settings)]
     if arguments.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2, ensure_ascii=False))
         return
@@ -75,11 +78,28 @@ def _device(settings: Settings) -> list[Finding]:
         Finding("device", device.reason),
         Finding("memory", f"{free:.1f} GiB free on {device.kind}"),
         Finding("cores", f"{devices.usable_cores()} usable"),
-        Finding("bandwidth", f"{devices.read_bandwidth() / 1e9:.1f} GB/s read from memory"),
     ]
     if device.kind == "xpu":
         found += [Finding(name, os.environ.get(name, "")) for name in devices.XPU_VARIABLES]
     return found
+
+
+def _measure(settings: Settings) -> list[Finding]:
+    probe.renew(settings.home_folder)
+    return []
+
+
+def _speed(settings: Settings) -> list[Finding]:
+    machine = probe.known(settings.home_folder)
+    if machine is None:
+        return [Finding("speed", "not measured on this machine yet: python -m nibble doctor --measure")]
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(machine.measured))
+    rates = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in machine.rates.items())
+    return [
+        Finding("bandwidth", f"{machine.bandwidth / 1e9:.1f} GB/s read from memory (measured {when})"),
+        Finding("speed", f"thousand million weights a second, one token at a time: {rates}"),
+        Finding("process", f"{machine.process_bytes / 1e6:.0f} MB beside a model"),
+    ]
 
 
 def _engine(settings: Settings) -> list[Finding]:
@@ -129,4 +149,4 @@ def _settings(settings: Settings) -> list[Finding]:
     ]
 
 
-LOOKS: tuple[Callable[[Settings], list[Finding]], ...] = (_libraries, _device, _engine, _home, _page, _settings)
+LOOKS: tuple[Callable[[Settings], list[Finding]], ...] = (_libraries, _device, _speed, _engine, _home, _page, _settings)

@@ -22,14 +22,16 @@ from nibble.engines.bigdl import judge, make_worker
 from nibble.engines.threaded import BEAT_S
 from nibble.engines.worker import WorkerEngine
 from nibble.errors import ModelError, NibbleError
-from nibble.lowbit.formats import FORMATS, resolve
+from nibble.estimate import needed_bytes
+from nibble.lowbit.formats import resolve
 
 log = logging.getLogger(__name__)
 
 State = Literal["empty", "loading", "ready", "failed"]
 
 PROCESS_BYTES = 2**30
-"""Memory of a process with torch and a short conversation, beside the weights; a generous guess."""
+"""Memory of a process with torch and a short conversation, beside weights of a form that is not known here; a generous
+guess."""
 
 
 @dataclass(frozen=True)
@@ -155,13 +157,14 @@ class ModelHost:
         format_ = resolve(low_bit or self._settings.low_bit)
         called = name if library.NAME.fullmatch(name) else folder.name
         card = judge(folder, called, trusted=trusted, settings=self._settings)
-        dense = card.parameters and card.format not in FORMATS
-        stored = card.parameters * format_.bits_per_weight / 8 if dense else card.size_bytes
         spec = LoadSpec(
             str(folder.resolve()), format_.name, device or self._settings.device, card.name, trust_remote_code=trusted
         )
-        # 1.3: quantizing while loading takes up to a shard more than what it keeps.
-        return Wanted(spec, int(1.3 * stored) + PROCESS_BYTES)
+        try:
+            needed = needed_bytes(folder, format_.name, self._settings.home_folder)
+        except NibbleError:  # a folder for BigDL-LLM, say, whose library loads what is not read here
+            needed = 2 * card.size_bytes + PROCESS_BYTES
+        return Wanted(spec, needed)
 
     async def _load(self, wanted: Wanted) -> EngineInfo:
         async with self._turn:

@@ -3,7 +3,7 @@
 Read from config.json and the headers of the weight files alone. Imports no torch.
 """
 
-from nibble.estimate.cost import CONTEXT, Estimate, estimate, estimates
+from nibble.estimate.cost import CONTEXT, Estimate, estimate, estimates, needed_bytes
 from nibble.estimate.shape import Matrix, Shape, read_shape
 
-__all__ = ["CONTEXT", "Estimate", "Matrix", "Shape", "estimate", "estimates", "read_shape"]
+__all__ = ["CONTEXT", "Estimate", "Matrix", "Shape", "estimate", "estimates", "needed_bytes", "read_shape"]

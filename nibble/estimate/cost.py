@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nibble.estimate.shape import Matrix, Shape, read_shape
 from nibble.lowbit.formats import FORMATS, Format, resolve
-from nibble.probe import Machine
+from nibble.probe import Machine, known, unmeasured
 
 CONTEXT = 2048
 """Tokens of the conversation that memory is estimated for."""
@@ -28,7 +28,7 @@ LEAN = {"llama", "mistral", "qwen2"}
 """Families whose tokens take the lean way (`nibble.lowbit.lean`)."""
 
 KERNEL_ROWS = {"cpu": 16, "cuda": 8}
-"""Device -> the int4 kernel takes matrices whose number of rows is a multiple of this. Elsewhere nothing is converted."""
+"""Device -> of what the number of a matrix's rows must be a multiple for the int4 kernel. Elsewhere there is none."""
 
 TERM_BYTES = 4
 """Of a scale and a zero in bfloat16, which the kernel takes for each row and block of a plane."""
@@ -81,6 +81,16 @@ def estimates(
     """
     shape = read_shape(folder)
     return [estimate(shape, name, machine, context) for name in ([shape.form] if shape.form else formats or FORMATS)]
+
+
+def needed_bytes(folder: Path, low_bit: str, home: Path) -> int:
+    """The most memory that loading a model on the CPU and a conversation with it take.
+
+    Raises:
+        ModelError, FormatError: as `estimates`.
+    """
+    machine = (known(home) or unmeasured()).on("cpu")
+    return estimates(folder, machine, formats=[low_bit])[0].peak_bytes
 
 
 def estimate(shape: Shape, name: str, machine: Machine, context: int = CONTEXT) -> Estimate:

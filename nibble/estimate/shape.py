@@ -164,8 +164,9 @@ def _shape(
     attention = _whole(text, "num_attention_heads", "n_head", "n_heads") or 1
     hidden = _whole(text, "hidden_size", "n_embd", "d_model")
     kv_heads = _whole(text, "num_key_value_heads", "num_kv_heads") or attention
-    total, chosen = _whole(text, "num_local_experts", "num_experts", "n_routed_experts"), _whole(
-        text, "num_experts_per_tok", "experts_per_token"
+    total, chosen = (
+        _whole(text, "num_local_experts", "num_experts", "n_routed_experts"),
+        _whole(text, "num_experts_per_tok", "experts_per_token"),
     )
     return Shape(
         family=family, matrices=tuple(matrices), tied=None if heads or not table[0] else Matrix(*table), **counts,
@@ -210,7 +211,7 @@ def _packed(tensors: Mapping[str, Any], declared: Format) -> dict[str, Matrix]:
 def _unpacked_sizes(
     sizes: Mapping[str, tuple[int, ...]], method: str, packing: Mapping[str, Any]
 ) -> dict[str, tuple[int, ...]]:
-    """Sizes of the weights that `qweight` tensors of AWQ [in, out / 8] and GPTQ [in / 8, out] hold (8 is for 4 bits)."""
+    """Sizes of the weights in `qweight` tensors of AWQ [in, out / 8] and GPTQ [in / 8, out]; 8 is for 4 bits."""
     per_word = 32 // min(_whole(packing, "bits", "w_bit") or 4, 32)
     found = {}
     for name, size in sizes.items():

@@ -3,6 +3,6 @@
 `python -m nibble.probe --home H` measures. Importing this imports no torch.
 """
 
-from nibble.probe.machine import FILE, Machine, ensure, identity, known, unmeasured
+from nibble.probe.machine import FILE, Machine, ensure, identity, known, renew, unmeasured
 
-__all__ = ["FILE", "Machine", "ensure", "identity", "known", "unmeasured"]
+__all__ = ["FILE", "Machine", "ensure", "identity", "known", "renew", "unmeasured"]

@@ -134,16 +134,15 @@ def ensure(home: Path) -> Machine:
     Raises:
         DeviceError: it could not be measured.
     """
-    machine = known(home)
-    if machine is None:
-        _measure(home)
-        machine = known(home)
-    if machine is None:
-        raise DeviceError(f"What was measured could not be kept in {home}.", "Check that the folder can be written.")
-    return machine
+    return known(home) or renew(home)
 
 
-def _measure(home: Path) -> None:
+def renew(home: Path) -> Machine:
+    """Measure this machine, whatever is known of it, in a process of its own; that takes some seconds.
+
+    Raises:
+        DeviceError: it could not be measured.
+    """
     command = [sys.executable, "-m", "nibble.probe", "--home", str(home)]
     root = Path(__file__).parents[2]
     try:
@@ -153,5 +152,9 @@ def _measure(home: Path) -> None:
     except subprocess.TimeoutExpired:
         raise DeviceError("Measuring this machine took too long.", "Try again when less runs on it.") from None
     if run.returncode:
-        cause = next((line for line in reversed(run.stderr.splitlines()) if line.strip()), f"exit code {run.returncode}")
-        raise DeviceError(f"This machine could not be measured: {cause.strip()}", "`nibble doctor` may tell more.")
+        cause = next((line.strip() for line in reversed(run.stderr.splitlines()) if line.strip()), "its process died")
+        raise DeviceError(f"This machine could not be measured: {cause}", "`nibble doctor` may tell more.")
+    machine = known(home)
+    if machine is None:
+        raise DeviceError(f"What was measured could not be kept in {home}.", "Check that the folder can be written.")
+    return machine
