@@ -2,12 +2,12 @@
 
     python bench/estimates.py [--shapes NAME ...] [--formats NAME ...] [--context 512] [--answers 5] [--write]
 
-Writes random weights in the shape of a real model, estimates from the headers, then loads it with the real engine in a
-fresh process for each format. Memory is private memory (RssAnon of /proc) and the resident pages of mapped weights, which
-a dense model is left with; while loading it is private memory alone, as mapped pages can be given up then. Speed is that
-of the best of several short answers. `--write` renews the table in docs/estimates.md row by row; rows that are not
-measured now stay. A tokenizer of the model's size is looked for in `--tokenizers`; without it the guide's serves, and the
-estimate of memory is then too high, by a kilobyte for each token of the model.
+Writes random weights in the shape of a real model, estimates from the headers, then loads it with the real engine in
+a fresh process for each format. Memory is private memory (RssAnon of /proc) and the resident pages of mapped weights,
+with which a dense model is left; while loading it is private memory alone, as mapped pages can be given up then. Speed
+is the engine's own figure for the fastest of several short answers. `--write` renews the table in docs/estimates.md row
+by row, and rows that are not measured now stay. A tokenizer of the model's size is looked for in `--tokenizers`; without
+it the guide's serves, and the estimate of memory is then too high, by a kilobyte for each token of the model.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ CHAT_WORDS = 96
 
 def measure(folder: Path, low_bit: str, context: int, answers: int) -> dict[str, float]:
     """Load, answer and measure, in this process; no answers leave the speed unmeasured."""
-    from nibble.engines.base import Sampling
+    from nibble.engines.base import Message, Sampling
     from nibble.engines.local import LocalEngine
 
     start = time.perf_counter()
@@ -81,7 +81,7 @@ def measure(folder: Path, low_bit: str, context: int, answers: int) -> dict[str,
     load_s = time.perf_counter() - start
 
     def answer(words: int, tokens: int) -> Any:
-        message = [{"role": "user", "content": "warm " * words}]
+        message: list[Message] = [{"role": "user", "content": "warm " * words}]
         sampling = Sampling(max_new_tokens=tokens, temperature=0)
         return list(engine.stream(message, sampling, threading.Event()))[-1]
 

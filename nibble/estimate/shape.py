@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from nibble.checkpoint import DTYPE_BITS, read_config, read_header, weight_files
 from nibble.errors import ModelError
@@ -35,6 +35,7 @@ EXPERT = re.compile(r"\.experts\.")
 NOT_LINEAR = {"gpt2", "openai-gpt", "falcon"}
 """Families whose layers are no `nn.Linear`, so that the output layer alone is packed."""
 
+MOST_LAYERS = 10_000
 LARGEST = 2**40
 """Numbers in a config.json beyond this are not believed."""
 
@@ -146,44 +147,50 @@ def _shape(
     text = text if isinstance(text, dict) else config
     family = str(config.get("model_type", ""))
     counts = dict.fromkeys(("looked_up", "experts", "other"), 0)
-    matrices, table = list(packed.values()), (0, 0)
-    heads = {name.split(".")[-2] for name in (*sizes, *packed) if name.endswith(".weight") and "." in name} & HEADS
+    matrices, table = list(packed.values()), Matrix(0, 0)
     for name, size in sizes.items():
-        if len(size) == 2 and LOOKED_UP.search(name):
-            counts["looked_up"] += prod(size)
-            table = max(table, size, key=prod)  # type: ignore[type-var]
-        elif EXPERT.search(name):
-            counts["experts"] += prod(size)
-        elif _is_packed(name, size, family) and not form:
-            matrices.append(Matrix(*size))
-        else:
-            counts["other"] += prod(size)
-    if not matrices and not table[0]:
+        kind = _kind(name, size, family)
+        if kind == "matrix" and not form:
+            matrices.append(Matrix(size[0], size[1]))
+            continue
+        counts["other" if kind == "matrix" else kind] += prod(size)
+        if kind == "looked_up":
+            table = max(table, Matrix(size[0], size[1]), key=lambda matrix: matrix.rows * matrix.columns)
+    if not matrices and not table.rows:
         raise ModelError("The files hold no language model: neither an embedding nor a matrix.", "Name another model.")
+    head = any(_module(name) in HEADS for name in (*sizes, *packed))
     layers = _whole(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
     attention = _whole(text, "num_attention_heads", "n_head", "n_heads") or 1
     hidden = _whole(text, "hidden_size", "n_embd", "d_model")
     kv_heads = _whole(text, "num_key_value_heads", "num_kv_heads") or attention
-    total, chosen = (
-        _whole(text, "num_local_experts", "num_experts", "n_routed_experts"),
-        _whole(text, "num_experts_per_tok", "experts_per_token"),
-    )
+    experts = _whole(text, "num_local_experts", "num_experts", "n_routed_experts")
     return Shape(
-        family=family, matrices=tuple(matrices), tied=None if heads or not table[0] else Matrix(*table), **counts,
-        chosen=min(1.0, chosen / total) if total and chosen else 1.0,
+        family=family, matrices=tuple(matrices), tied=None if head or not table.rows else table, **counts,
+        chosen=min(1.0, _whole(text, "num_experts_per_tok", "experts_per_token") / experts) if experts else 1.0,
         dense_bytes=2 * sum(counts.values()) if dense_bytes is None else dense_bytes,
         form=form, size_bytes=size_bytes, layers=layers, hidden=hidden,
         intermediate=_whole(text, "intermediate_size", "ffn_dim", "n_inner") or 4 * hidden,
-        vocabulary=_whole(text, "vocab_size") or table[0],
+        vocabulary=_whole(text, "vocab_size") or table.rows,
         key_bytes=4 * kv_heads * (_whole(text, "head_dim") or hidden // attention),
         windows=_windows(text, layers),
     )  # fmt: skip
 
 
-def _is_packed(name: str, size: tuple[int, ...], family: str) -> bool:
+def _kind(name: str, size: tuple[int, ...], family: str) -> Literal["matrix", "looked_up", "experts", "other"]:
+    """What becomes of a dense tensor of the files."""
+    if EXPERT.search(name):
+        return "experts"
     if len(size) != 2 or not all(size) or not name.endswith(".weight") or KEPT.search(name):
-        return False
-    return family not in NOT_LINEAR or name.split(".")[-2:-1] in [[head] for head in HEADS]
+        return "other"
+    if LOOKED_UP.search(name):
+        return "looked_up"
+    return "matrix" if family not in NOT_LINEAR or _module(name) in HEADS else "other"
+
+
+def _module(name: str) -> str:
+    """Last part of the name of the module that a weight belongs to; empty for other tensors."""
+    path, _, tensor = name.rpartition(".")
+    return path.rpartition(".")[2] if tensor == "weight" else ""
 
 
 def _packed(tensors: Mapping[str, Any], declared: Format) -> dict[str, Matrix]:
@@ -191,7 +198,7 @@ def _packed(tensors: Mapping[str, Any], declared: Format) -> dict[str, Matrix]:
     found = {}
     for name, tensor in tensors.items():
         scale = tensors.get(f"{name}_scale")
-        if scale is None or len(tensor["shape"]) != 3:
+        if scale is None or len(tensor["shape"]) != 3 or not all(tensor["shape"]):
             continue
         rows, blocks, width = tensor["shape"]
         kind = {"F16": "float16", "F32": "float32"}.get(scale["dtype"])
@@ -213,7 +220,7 @@ def _unpacked_sizes(
 ) -> dict[str, tuple[int, ...]]:
     """Sizes of the weights in `qweight` tensors of AWQ [in, out / 8] and GPTQ [in / 8, out]; 8 is for 4 bits."""
     per_word = 32 // min(_whole(packing, "bits", "w_bit") or 4, 32)
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for name, size in sizes.items():
         stem, _, kind = name.rpartition(".")
         if kind == "qweight" and len(size) == 2:
@@ -226,11 +233,10 @@ def _unpacked_sizes(
 
 def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     kinds = config.get("layer_types")
-    window = _whole(config, "sliding_window")
     if not isinstance(kinds, list) or len(kinds) != layers:
-        return (0,) * min(layers, 10_000)
-    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds if "attention" in str(kind)[:32]
-                 and not str(kind).startswith("linear"))  # fmt: skip
+        return (0,) * min(layers, MOST_LAYERS)
+    windows = {"full_attention": 0, "sliding_attention": _whole(config, "sliding_window")}
+    return tuple(windows[kind] for kind in kinds if isinstance(kind, str) and kind in windows)
 
 
 def _whole(config: Mapping[str, Any], *names: str) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,14 @@ RATE_S = 0.15
 COUNTED = 0.2
 """The share of the times, fastest first, of which the slowest counts."""
 
-TINY = {
+TINY: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64,
     "vocab_size": 256, "max_position_embeddings": 512, "tie_word_embeddings": False, "dtype": "bfloat16",
 }  # fmt: skip
 TINY_LAYERS = (1, 9)
 TINY_TOKENS = 40
 
-WAYS: dict[str, tuple[type[PretrainedConfig], str]] = {
+WAYS: dict[str, tuple[Callable[..., PretrainedConfig], str]] = {
     "lean": (Qwen2Config, "sym_int4"),
     "kernel": (Qwen3Config, "sym_int4"),
     "portable": (Qwen3Config, "fp8_e5m2"),
@@ -105,7 +106,7 @@ def _rates(served: tuple[str, ...]) -> dict[str, float]:
 def _dense(fmt: Format, pool: torch.Tensor) -> list[Callable[[], object]]:
     dtype = PLAIN[fmt.name]
     row = torch.ones(1, WIDTH, dtype=dtype)
-    return [lambda weight=weight: linear(row, weight) for weight in pool.view(dtype).view(-1, ROWS, WIDTH)]
+    return [partial(linear, row, weight) for weight in pool.view(dtype).view(-1, ROWS, WIDTH)]
 
 
 def _packed(fmt: Format, pool: torch.Tensor, *, fast: bool) -> list[Callable[[], object]]:
@@ -116,7 +117,7 @@ def _packed(fmt: Format, pool: torch.Tensor, *, fast: bool) -> list[Callable[[],
         terms = torch.ones(planes * WIDTH // fmt.block, ROWS, 2, dtype=torch.bfloat16)
         codes = pool.view(-1, ROWS, planes * WIDTH // 2)
         weights = [CpuInt4Weight(fmt, part, terms.clone(), WIDTH) for part in codes]
-        return [lambda weight=weight: weight.matmul(row) for weight in weights]
+        return [partial(weight.matmul, row) for weight in weights]
     shape = fmt.code_shape(ROWS, WIDTH)
     size = shape[0] * shape[1] * shape[2]
     scales = torch.ones(fmt.scale_shape(ROWS, WIDTH), dtype=getattr(torch, fmt.scale))
@@ -124,7 +125,7 @@ def _packed(fmt: Format, pool: torch.Tensor, *, fast: bool) -> list[Callable[[],
         QuantizedTensor(fmt, pool[start : start + size].view(shape), scales, WIDTH)
         for start in range(0, len(pool) - size + 1, size)
     ]
-    return [lambda tensor=tensor: matmul(row, tensor) for tensor in tensors]
+    return [partial(matmul, row, tensor) for tensor in tensors]
 
 
 def _typical(products: list[Callable[[], object]]) -> float:
@@ -151,7 +152,7 @@ def _layer_seconds(way: str, steps: tuple[float, ...], rates: dict[str, float]) 
     one, many = TINY_LAYERS
     size, hidden = TINY["head_dim"], TINY["hidden_size"]
     heads = TINY["num_attention_heads"] + TINY["num_key_value_heads"]
-    weights = hidden * (2 * heads * size + 3 * TINY["intermediate_size"])  # type: ignore[operator]
+    weights = hidden * (2 * heads * size + 3 * TINY["intermediate_size"])
     return max(0.0, (steps[1] - steps[0]) / (many - one) - weights / rates[WAYS[way][1]])
 
 
