@@ -33,7 +33,7 @@ from nibble.config import Settings, add_flags, settings_from
 from nibble.doorstep import Doorstep
 from nibble.engines.bigdl import judge
 from nibble.errors import NibbleError
-from nibble.library import find
+from nibble.library import ADAPTERS, MODELS, find
 from nibble.lowbit.formats import resolve
 from nibble.operator import Operator
 from nibble.throttle import LoginThrottle
@@ -265,7 +265,8 @@ def run(settings: Settings, config_file: str = "") -> None:
     public = hosting.parse_root_path(settings.root_path, settings.port).root_path
     check_model(settings)
     door = listen(settings)
-    publish.clean_all(settings.home_folder / "models")
+    for kind in (MODELS, ADAPTERS):
+        publish.clean_all(settings.home_folder / kind)
     config = uvicorn.Config(
         build_server(settings, config=config_file), log_config=None, log_level="warning", access_log=False, ws="none",
         timeout_graceful_shutdown=SHUTDOWN_S, server_header=False,
