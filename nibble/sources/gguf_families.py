@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from nibble.errors import ModelError
-from nibble.sources.gguf_header import Header, broken
+from nibble.sources.gguf_header import MAX_NAME, Header, broken
 
 EMBEDDING, HEAD, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 
@@ -131,17 +131,30 @@ def config_of(header: Header, family: Family, rope_factors: Sequence[float]) -> 
                 f"{header.path.name} says {prefix}.{key} = {size.whole(key)}, and only {expected} is read here.",
                 "Take the model's Hugging Face form (config.json and safetensors).",
             )
-    if EMBEDDING not in header.tensors:
-        raise broken(header.path, f"it lacks {EMBEDDING}")
+    kv_heads, wide = size.whole("attention.head_count_kv", heads), size.whole("feed_forward_length")
+    layers = size.whole("block_count")
+    table = header.tensors.get(EMBEDDING)
+    vocabulary = table.shape[0] if table else 0
+    shapes = {
+        EMBEDDING: (vocabulary, hidden),
+        "blk.0.attn_q.weight": (heads * head_dim, hidden),
+        "blk.0.attn_k.weight": (kv_heads * head_dim, hidden),
+        "blk.0.ffn_up.weight": (wide, hidden),
+        f"blk.{layers - 1}.attn_norm.weight": (hidden,),
+    }
+    # A model is built from these numbers before a weight is read.
+    for name, shape in shapes.items():
+        if name not in header.tensors or header.tensors[name].shape != shape:
+            raise broken(header.path, f"{name[:MAX_NAME]} is missing, or does not fit what its metadata says")
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        "vocab_size": header.tensors[EMBEDDING].shape[0],
+        "vocab_size": vocabulary,
         "hidden_size": hidden,
-        "intermediate_size": size.whole("feed_forward_length"),
-        "num_hidden_layers": size.whole("block_count"),
+        "intermediate_size": wide,
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": size.whole("attention.head_count_kv", heads),
+        "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": size.whole("context_length"),

@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from nibble.errors import ModelError
+from nibble.screen.templates import check_template
 from nibble.sources.gguf_families import special_ids
 from nibble.sources.gguf_header import Header, broken
 from nibble.sources.safetensors import copy_files
@@ -23,6 +24,8 @@ from nibble.sources.safetensors import copy_files
 KEY = "tokenizer.ggml."
 WHOLE = "tokenizer.huggingface.json"
 """Metadata that holds a whole tokenizer.json."""
+
+TEMPLATE = "tokenizer.chat_template"
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 """Kinds of tokens that stand for themselves in a text."""
@@ -68,11 +71,13 @@ SPLITS = {
 
 
 def check(header: Header) -> None:
-    """Refuse a file whose tokenizer cannot be written.
+    """Refuse a file whose tokenizer cannot be written, or must not be used.
 
     Raises:
         ModelError: its kind is not known, and none stands beside the file; or what it says makes no sense.
     """
+    if problem := check_template(header.get(TEMPLATE, str, "")):
+        raise ModelError(f"The chat template of {header.path.name} {problem}.", "Do not use this model.")
     if _beside(header):
         return
     for key, kind in NEEDED[_kind(header)].items():
@@ -93,7 +98,7 @@ def write(header: Header, folder: Path) -> None:
     text = header.metadata[WHOLE] if kind == WHOLE else BUILDERS[kind](header).to_str()
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(_config(header), indent=2), encoding="utf-8")
-    template = header.get("tokenizer.chat_template", str, "")
+    template = header.get(TEMPLATE, str, "")
     if template:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     ends = [header.get(f"{KEY}{name}_token_id", int, -1) for name in ("eos", "eot")]
