@@ -24,6 +24,10 @@ STATES = {"failed": "failed_job", "stopped": "stopped_job"}
 """State -> the key of its word, where it is not the state itself."""
 
 
+SLOWEST = 0.05
+"""Units a second: below it, a speed would read 0.0."""
+
+
 def title(job: Plain, language: Language) -> str:
     """What a job does, in a few words; not escaped."""
     spec, task = job["spec"], job["task"]
@@ -116,7 +120,7 @@ def _line(progress: Plain, share: float | None, say: Say) -> str:
         parts[0] = f"{parts[0]} {done}/{total} {'' if bytes_ else unit}".strip()
     if share is not None:
         parts.append(f"{100 * share:.0f} %")
-    if progress["speed"]:
+    if progress["speed"] >= SLOWEST:
         parts.append(f"{size(progress['speed'])}/s" if bytes_ else f"{progress['speed']:,.1f} {unit}/s")
     if progress["seconds_left"] is not None:
         parts.append(WORDS.say("left", say.language, value=duration(progress["seconds_left"])))

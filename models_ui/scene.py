@@ -44,13 +44,17 @@ class Scene:
         """What `work` changes."""
 
     async def shelf(self, say: Say, chosen: str, source: str) -> Changes:
-        """The library, the chosen model, and the formats of the source."""
+        """The library, the chosen model, and the formats of the source.
+
+        Says nothing of what is chosen but where it is gone: the next choice may be on its way already.
+        """
         return await asyncio.to_thread(self._shelf, say, chosen, source)
 
     def _shelf(self, say: Say, chosen: str, source: str) -> Changes:
         models = self.operator.shelf()
         by_name = {model["name"]: model for model in models}
         dense = [name for name, model in by_name.items() if not model["problem"] and _can_shrink(model)]
+        first = {} if source else {"value": dense[0] if dense else None}
         source = source or (dense[0] if dense else "")
         model = by_name.get(chosen)
         usable = model is not None and not model["problem"]
@@ -58,7 +62,7 @@ class Scene:
         loaded = model is not None and model["loaded"]
         keep = self.w.keep
         changes: Changes = {
-            keep.library: gr.update(value=chosen if model else "", rows=view.library(models, chosen, say)),
+            keep.library: gr.update(rows=view.library(models, chosen, say)) | ({} if model else {"value": ""}),
             keep.known: self._known(model, say),
             keep.disk: f"<p class='small'>{self._disk(say)}</p>",
             keep.load: gr.update(interactive=loadable and not loaded),
@@ -66,9 +70,15 @@ class Scene:
             keep.judge: gr.update(interactive=loadable),
             keep.delete: gr.update(interactive=model is not None and not loaded and chosen != "guide"),
             keep.really: gr.update(visible=False),
-            self.w.shrink.source: gr.update(choices=dense, value=source or None),
+            self.w.shrink.source: gr.update(choices=dense) | first,
         }
         return changes | {self.w.shrink.formats: gr.update(rows=self._formats(say, source, by_name.get(source)))}
+
+    async def pick(self, say: Say, chosen: str, source: str) -> Changes:
+        """As `shelf`, where the page itself chooses the model."""
+        changes = await self.shelf(say, chosen, source)
+        shown = changes[self.w.keep.library]
+        return changes | {self.w.keep.library: {"value": chosen} | shown}
 
     async def formats(self, say: Say, source: str) -> Changes:
         """What each format costs of another source."""

@@ -92,7 +92,7 @@ def _stored(say: Say) -> str:
 
 def _format(name: str, estimate: Plain, lost: Plain, say: Say) -> str:
     bits = say("bits", value=FORMATS[name].bits_per_weight)
-    cells = [f"<th scope='row'>{escape(name)}<small>{bits}</small></th>"]
+    cells = [f"<th scope='row' title='{bits}'>{escape(name)}</th>"]
     if estimate:
         mark = "fits" if estimate["fits"] else "too_large"
         peak = say("peak", peak=size(estimate["peak_bytes"]))

@@ -54,9 +54,8 @@ class Wiring:
         get, shrink, keep = self.w.get, self.w.shrink, self.w.keep
         here = [keep.library, shrink.source, self.w.jobs]
         shelf, work = self.scene.shelves, self.scene.working
-        tab.select(self.opened, here, [*shelf, *work], **PRIVATE).then(
-            self.measured, here, [*shelf, keep.said], **PRIVATE
-        )
+        opened = tab.select(self.opened, here, [*shelf, *work], **PRIVATE)
+        measured = opened.then(self.measured, None, keep.said, **PRIVATE)
         self.w.timer.tick(self.tick, [*here, self.w.live], [*shelf, *work, self.status], **QUICK)
 
         get.start.click(self.get, get.fields, [get.said, *work], **PRIVATE)
@@ -68,7 +67,7 @@ class Wiring:
         gr.on([field.change for field in shrink.fields], self.shrink_line, shrink.fields, shrink.console, **QUICK)
 
         keep.library.change(self.choose, here, [*shelf, keep.said], **QUICK)
-        keep.load.click(self.load, here, [*shelf, keep.said, self.status], **PRIVATE)
+        loaded = keep.load.click(self.load, keep.library, [keep.load, keep.said, self.status], **PRIVATE)
         keep.unload.click(self.unload, here, [*shelf, keep.said, self.status], **PRIVATE)
         keep.judge.click(self.judge, keep.library, [keep.said, *work], **PRIVATE)
         keep.delete.click(self.ask, keep.library, [keep.really, keep.asks], **QUICK)
@@ -76,7 +75,10 @@ class Wiring:
         keep.delete_really.click(self.delete, here, [*shelf, keep.said], **PRIVATE)
 
         self.w.jobs.change(self.unfold, self.w.jobs, work, **QUICK)
-        self.w.jobs.act(self.act, here, [*shelf, *work, keep.said, self.status], **PRIVATE)
+        acted = self.w.jobs.act(self.act, self.w.jobs, [*work, keep.load, keep.said, self.status], **PRIVATE)
+        # What took a while must not bring back what was chosen when it began.
+        for waited in (measured, loaded, acted):
+            waited.then(self.again, here, shelf, **QUICK)
 
     def rest_behind(self, *others: gr.Tab) -> None:
         """Look no longer at the jobs while another tab is open."""
@@ -89,18 +91,20 @@ class Wiring:
         """The tab was opened."""
         say = say_from(request)
         chosen = chosen or self.operator.answering
-        return await self.scene.shelf(say, chosen, source) | await self.scene.work(say, unfolded)
+        return await self.scene.pick(say, chosen, source) | await self.scene.work(say, unfolded)
 
-    async def measured(self, request: gr.Request, chosen: str, source: str, unfolded: str) -> Any:
+    async def measured(self, request: gr.Request) -> str:
         """The tab is open: once the machine's speed is known, the estimates are whole."""
-        if await asyncio.to_thread(lambda: self.operator.measured):
-            return gr.skip()
-        said, say = "", say_from(request)
         try:
-            await asyncio.to_thread(self.operator.measure)
+            if not await asyncio.to_thread(lambda: self.operator.measured):
+                await asyncio.to_thread(self.operator.measure)
         except Exception as error:  # noqa: BLE001 - the border of the page
-            said = self._refused(error, say)
-        return await self.scene.shelf(say, chosen, source) | {self.w.keep.said: said}
+            return self._refused(error, say_from(request))
+        return ""
+
+    async def again(self, request: gr.Request, chosen: str, source: str, unfolded: str) -> Changes:
+        """Something has changed: the library as it is now."""
+        return await self.scene.shelf(say_from(request), chosen, source)
 
     async def tick(self, request: gr.Request, chosen: str, source: str, unfolded: str, lived: Sequence[str]) -> Changes:
         """A second has gone by while a job lives. What a job has made is in the library at once."""
@@ -113,7 +117,7 @@ class Wiring:
             job = (await asyncio.to_thread(self.operator.job, job_id)).as_dict()
             judged = [str(job["spec"]["model"])] if job["task"] == "evaluate" and job["state"] == "done" else []
             chosen = next(reversed(made(job) or judged), chosen)
-        return changes | await self.scene.shelf(say, chosen, source) | {self.status: self.standing(request)}
+        return changes | await self.scene.pick(say, chosen, source) | {self.status: self.standing(request)}
 
     async def _begin(self, request: gr.Request, said: gr.HTML, start: Callable[[], dict[str, Any]]) -> Changes:
         """Start a job, and show it among the others; or say why not."""
@@ -177,7 +181,7 @@ class Wiring:
         """A model was chosen."""
         return await self.scene.shelf(say_from(request), chosen, source) | {self.w.keep.said: ""}
 
-    async def load(self, request: gr.Request, chosen: str, source: str, unfolded: str) -> AsyncIterator[Changes]:
+    async def load(self, request: gr.Request, chosen: str) -> AsyncIterator[Changes]:
         """The button Load."""
         say, keep = say_from(request), self.w.keep
         waits = told(WORDS.say("loading_now", say.language, model=chosen))
@@ -192,7 +196,7 @@ class Wiring:
             )  # fmt: skip
         except Exception as error:  # noqa: BLE001 - the border of the page
             said = self._refused(error, say)
-        yield await self.scene.shelf(say, chosen, source) | {keep.said: said, self.status: self.standing(request)}
+        yield {keep.said: said, self.status: self.standing(request)}
 
     async def unload(self, request: gr.Request, chosen: str, source: str, unfolded: str) -> Changes:
         """The button Unload."""
@@ -227,13 +231,11 @@ class Wiring:
         """The log of a job is to be seen, or no longer."""
         return await self.scene.work(say_from(request), unfolded)
 
-    async def act(
-        self, request: gr.Request, event: gr.EventData, chosen: str, source: str, unfolded: str
-    ) -> AsyncIterator[Changes]:
+    async def act(self, request: gr.Request, event: gr.EventData, unfolded: str) -> AsyncIterator[Changes]:
         """A button of a job."""
         act, subject = str(event.act), str(event.subject)
         if act == "load":
-            async for changes in self.load(request, subject, source, unfolded):
+            async for changes in self.load(request, subject):
                 yield changes
             return
         say = say_from(request)

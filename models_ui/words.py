@@ -64,8 +64,8 @@ WORDS = Words(
         "fits": ("Fits this machine.", "这台机器放得下。"),
         "too_large": ("Does not fit this machine.", "这台机器放不下。"),
         "legend": (
-            "● fits this machine, ○ does not. Estimates; **Lost** is measured by evaluating the model.",
-            "● 放得下，○ 放不下。均为估计值；“损失”由评测得出。",
+            "● fits this machine, ○ does not. Disk, memory and speed are estimates; what is lost is measured.",
+            "● 放得下，○ 放不下。磁盘、内存、速度为估计值；损失由评测得出。",
         ),
         "measuring": ("Measuring this machine's speed…", "正在测量这台机器的速度……"),
         "not_here": (
