@@ -67,6 +67,7 @@ TORCH_FREE = (
     "nibble.quality", "nibble.quality.table", "nibble.tasks.evaluate", "nibble.commands.evaluate",
     "nibble.tasks.quantize", "nibble.commands.quantize", "nibble.sources",
     "nibble.estimate", "nibble.probe", "nibble.commands.models",
+    "nibble.sources.gguf_header", "nibble.sources.gguf_families", "nibble.sources.gguf_tokenizer",
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from nibble.lowbit.blocks import QuantizedTensor, pack_bits
-from nibble.lowbit.formats import FORMATS
+from nibble.lowbit.formats import FORMATS, Format
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,26 @@ class Blocks:
 
     def unpack(self, data: torch.Tensor, in_features: int) -> QuantizedTensor:
         """Blocks [out, blocks, nbytes], uint8, in our form."""
+        fmt = FORMATS[self.name]
+        parts = self.block // fmt.block
         scales = number(data, 0, self.scale)
-        if self._start > self.scale.itemsize:
+        if fmt.kind == "asymmetric":
             scales = torch.stack((scales, number(data, self.scale.itemsize, self.scale)), dim=-1)
         codes = data[..., self._start :]
-        bits = FORMATS[self.name].bits
-        if bits < 8:
+        if fmt.bits == 8:
+            codes = codes.unflatten(-1, (parts, fmt.block))
+        else:
             fifth, low = codes.tensor_split((codes.shape[-1] - self.block // 2,), dim=-1)
-            codes = halves(low) if bits == 4 else halves(low) | (single_bits(fifth) << 4)
-        return packed(self.name, codes, scales, in_features)
+            # The fifth bits are in our order already.
+            pieces = [neighbours(low), fifth] if fmt.bits == 5 else [neighbours(low)]
+            codes = torch.cat([piece.unflatten(-1, (parts, -1)) for piece in pieces], dim=-1)
+        return _shared(fmt, codes.flatten(1, 2).contiguous(), scales, in_features)
+
+
+def neighbours(data: torch.Tensor) -> torch.Tensor:
+    """Bytes [..., n] that hold weights i and i + n, as bytes that hold two neighbours each, the earlier one low."""
+    even, odd = data[..., 0::2], data[..., 1::2]
+    return torch.cat(((even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0)), dim=-1)
 
 
 def number(blocks: torch.Tensor, start: int, dtype: torch.dtype) -> torch.Tensor:
@@ -69,7 +80,11 @@ def single_bits(data: torch.Tensor) -> torch.Tensor:
 def packed(name: str, codes: torch.Tensor, scales: torch.Tensor, in_features: int) -> QuantizedTensor:
     """Our form of codes [out, blocks, block], uint8, and scales [out, blocks, ...]; smaller blocks share a scale."""
     fmt = FORMATS[name]
-    parts = codes.shape[-1] // fmt.block
-    codes = codes.unflatten(-1, (parts, fmt.block)).flatten(1, 2)
-    scales = scales.repeat_interleave(parts, dim=1).to(getattr(torch, fmt.scale))
-    return QuantizedTensor(fmt, pack_bits(codes, fmt.bits), scales.contiguous(), in_features)
+    codes = codes.unflatten(-1, (-1, fmt.block)).flatten(1, 2)
+    return _shared(fmt, pack_bits(codes, fmt.bits), scales, in_features)
+
+
+def _shared(fmt: Format, codes: torch.Tensor, scales: torch.Tensor, in_features: int) -> QuantizedTensor:
+    """Packed codes [out, blocks, bytes] with scales that several blocks share."""
+    scales = scales.repeat_interleave(codes.shape[1] // scales.shape[1], dim=1).to(getattr(torch, fmt.scale))
+    return QuantizedTensor(fmt, codes, scales.contiguous(), in_features)

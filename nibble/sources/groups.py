@@ -3,7 +3,7 @@
 A weight is (code - zero) * scale. Promises that codes stay as they are wherever ours can say the same. 4 bits in groups
 of whole blocks become `asym_int4`, whose minimum is -zero * scale rounded to float16, so that no weight moves by more
 than 2^-11 of that; where every zero is 8, `sym_int4` exactly, and 8 bits with every zero 128 `sym_int8` exactly. All
-else (2 and 3 bits, columns out of order, other groups) is dense in float32, exact, and whoever packs it rounds anew.
+else (2 and 3 bits, columns out of order, groups of other widths) is dense in float32, exact, and whoever packs it rounds anew.
 Apart from headers, only zero points and the order of columns are read before a tensor is asked for. Knows nothing of
 how integers lie in the files.
 """
@@ -99,7 +99,7 @@ class Matrix(ABC):
     @cached_property
     def low_bit(self) -> str:
         """The format of ours that it has; empty where there is none."""
-        if self.group % BLOCK or self.shape[1] % BLOCK or self.bits not in (4, 8) or self.order is not None:
+        if self.group % BLOCK or self.shape[1] % self.group or self.bits not in (4, 8) or self.order is not None:
             return ""
         if self.symmetric and bool((self.zeros() == 2 ** (self.bits - 1)).all()):
             return f"sym_int{self.bits}"
