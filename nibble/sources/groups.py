@@ -3,9 +3,9 @@
 A weight is (code - zero) * scale. Promises that codes stay as they are wherever ours can say the same. 4 bits in groups
 of whole blocks become `asym_int4`, whose minimum is -zero * scale rounded to float16, so that no weight moves by more
 than 2^-11 of that; where every zero is 8, `sym_int4` exactly, and 8 bits with every zero 128 `sym_int8` exactly. All
-else (2 and 3 bits, columns out of order, groups of other widths) is dense in float32, exact, and whoever packs it rounds anew.
-Apart from headers, only zero points and the order of columns are read before a tensor is asked for. Knows nothing of
-how integers lie in the files.
+else (2 and 3 bits, columns out of order, groups of other widths) is dense in float32, exact, and is rounded anew by
+whoever packs it. Apart from headers, only zero points and the order of columns are read before a tensor is asked for.
+Knows nothing of how integers lie in the files.
 """
 
 from __future__ import annotations
