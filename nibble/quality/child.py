@@ -51,6 +51,10 @@ class Work:
         path = self.spec.get("text")
         return windows.cut(text.read_text(Path(path) if path else None), self.folder, self.tokenizer, tokens)
 
+    def tokens(self) -> dict[str, Any]:
+        """Nothing but the windows, and that the vocabulary is the one expected."""
+        return self._shared()
+
     def reference(self) -> dict[str, Any]:
         """Write the log-probabilities of the stored weights in float32 into the file `fd`, of `room` bytes at most.
 
@@ -127,7 +131,7 @@ class Work:
         return {"windows": self.windows, "fingerprint": self.fingerprint, "device": self.device.kind}
 
 
-WORKS = {"reference": Work.reference, "measure": Work.measure, "sensitivity": Work.sensitivity}
+WORKS = {"tokens": Work.tokens, "reference": Work.reference, "measure": Work.measure, "sensitivity": Work.sensitivity}
 
 
 def work(spec: Mapping[str, Any], progress: Any) -> dict[str, Any]:

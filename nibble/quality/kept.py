@@ -103,7 +103,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _write(file: Path, value: Mapping[str, Any]) -> None:
-    """Put a JSON file in place whole, synced; one writer at a time, for the unfinished file always has the same name."""
+    """Put a JSON file in place whole, synced. One writer at a time: the unfinished file always has the same name."""
     fresh = file.with_name(f".{file.name}.tmp")
     with fresh.open("w", encoding="utf-8") as stream:
         json.dump(value, stream, indent=2, ensure_ascii=False, allow_nan=False)

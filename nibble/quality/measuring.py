@@ -6,6 +6,7 @@ this ends, and that two models of different vocabularies are refused. Imports no
 
 from __future__ import annotations
 
+import filecmp
 import shutil
 import tempfile
 import time
@@ -167,6 +168,9 @@ def compare(
         raise DataError(f"{conditions.tokens} tokens cannot be measured on.", "Ask for some thousand.")
     text = read_text(conditions.text)
     with Bench(conditions, report or Silent(), len(subjects) + (2 if reference else 0)) as bench:
+        for subject in subjects:
+            if reference and subject.folder != reference:
+                bench.check_vocabulary(subject.folder, reference)
         full = bench.take_reference(reference) if reference else None
         rows = [bench.measure(subject) for subject in subjects]
     return {
@@ -216,6 +220,19 @@ class Bench:
     def device(self) -> str:
         """What they ran on."""
         return str(self._shared.get("device", self._conditions.device))
+
+    def check_vocabulary(self, folder: Path, reference: Path) -> None:
+        """Refuse two models whose tokens mean different things, before the long work begins.
+
+        Raises:
+            ModelError: they do.
+        """
+        files = [place / "tokenizer.json" for place in (folder, reference)]
+        if all(file.is_file() for file in files) and filecmp.cmp(*files, shallow=False):
+            return
+        self._count += 2
+        self._ask(reference, {"work": "tokens"})
+        self._ask(folder, {"work": "tokens", "against": folder_name(reference)})
 
     def take_reference(self, folder: Path) -> dict[str, Any] | None:
         """Its row, or None where it does not fit into memory. Its errors of layers can be told all the same."""

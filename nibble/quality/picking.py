@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from nibble.errors import ModelError
 from nibble.lowbit.formats import FORMATS
@@ -95,21 +95,32 @@ def pick(folder: Path, limits: Limits, conditions: Conditions, report: Reports |
                 "Without the model in full precision beside it, no format can be judged.",
                 "Choose a format yourself, or search on a machine with more memory.",
             )
-        search = _Search(bench, folder, limits, report or Silent())
-        search.formats()
-        search.mixtures()
-        return search.proposal()
+        return Search(bench, folder, limits, report or Silent()).run()
 
 
 _SIZES = sorted({row.bits_per_weight for row in FORMATS.values() if row.quantized})
 
 
-class _Search:
-    """The forms of one model that were measured."""
+class Measures(Protocol):
+    """What measures: a `Bench`."""
 
-    def __init__(self, bench: Bench, folder: Path, limits: Limits, report: Reports) -> None:
+    def measure(self, subject: Subject) -> dict[str, Any]: ...
+
+    def sensitivities(self, folder: Path, formats: Sequence[str]) -> list[dict[str, Any]]: ...
+
+
+class Search:
+    """The forms of one model that were measured, and which of them to propose."""
+
+    def __init__(self, bench: Measures, folder: Path, limits: Limits, report: Reports) -> None:
         self._bench, self._folder, self._limits, self._report = bench, folder, limits, report
         self.tried: list[dict[str, Any]] = []
+
+    def run(self) -> Proposal:
+        """Search, and say what was found."""
+        self.formats()
+        self.mixtures()
+        return self.proposal()
 
     def formats(self) -> None:
         """Measure whole formats, a size after the other, until one loses little enough."""
@@ -129,7 +140,9 @@ class _Search:
         names = list(dict.fromkeys(row["format"] for row in smaller))
         layers = self._bench.sensitivities(self._folder, [*names, RAISED])
         plans = [plan for row in smaller if (plan := Plan.of(row, layers))]
-        plan = min(plans, key=lambda plan: (plan.size(plan.enough(self._limits.max_kl)), plan.base["format"]))
+        if not plans:
+            return
+        plan = min(plans, key=lambda plan: (plan.size(plan.enough(self._limits.max_kl)), plan.base["kl_mean"]))
         low, high = 0, None
         count = plan.enough(self._limits.max_kl)
         for _ in range(TRIES):
