@@ -187,7 +187,7 @@ def test_sensitivity_foretells_what_a_layer_costs(
     exact = subject.load_exact(guide_model, CPU, trusted=False)
     for row in (rows[0], rows[-1]):
         layer = exact.get_submodule(row["name"])
-        rounded = torch.nn.Linear(*reversed(row["shape"]), bias=False)
+        rounded = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
         rounded.weight = torch.nn.Parameter(layer.dequantize())
         packed = LowBitLinear.from_linear(rounded, "sym_int4")
         packed.bias = layer.bias

@@ -49,7 +49,7 @@ def run(spec: Mapping[str, Any], report: Report) -> dict[str, Any]:
         folder, wanted or ([] if packed else [row.name for row in FORMATS.values() if row.quantized]),
         text=Path(spec["text"]).expanduser() if spec.get("text") and paths else None,
         tokens=int(spec.get("tokens") or TOKENS), against=_against(spec, folder, packed, settings),
-        device=str(spec.get("device") or "cpu"), trusted=settings.trust_remote_code, report=report,
+        device=str(spec.get("device") or settings.device), trusted=settings.trust_remote_code, report=report,
     )  # fmt: skip
     if library.NAME.fullmatch(card.name):
         keep(card.name, home, found, folder if packed else None)
