@@ -6,7 +6,7 @@ Writes random weights in the shape of a real model, estimates from the headers, 
 a fresh process for each format. Memory is private memory (RssAnon of /proc) and the resident pages of mapped weights,
 with which a dense model is left; while loading it is private memory alone, as mapped pages can be given up then. Speed
 is the engine's own figure for the fastest of several short answers. `--write` renews the table in docs/estimates.md row
-by row, and rows that are not measured now stay. A tokenizer of the model's size is looked for in `--tokenizers`; without
+by row, and rows not measured now stay. A tokenizer of the model's size is looked for in `--tokenizers`; without
 it the guide's serves, and the estimate of memory is then too high, by a kilobyte for each token of the model.
 """
 

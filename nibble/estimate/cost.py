@@ -37,8 +37,11 @@ TOKENIZER_BYTES = 1024
 """Of a tokenizer for each of its tokens, with the copy that decodes: 0.6 to 1.3 kB were measured on tokenizers of
 6,144, 32,000 and 151,665 tokens."""
 
-PACKING_BYTES = 2**26
-"""Beside the model while it is packed: a piece of a weight (2^21 numbers) in float32 and its intermediate steps."""
+PACKING_BYTES = 6 * 4 * 2**21
+"""Beside the model while it is packed: a piece of a weight (2^21 numbers) in float32, six times over."""
+
+CONVERTING_BYTES = 2**25
+"""Beside the model while a packed weight is brought into the kernel's form."""
 
 ANSWERING_BYTES = 2**25
 """Beside the model while a prompt is read: pieces of weights, unpacked."""
@@ -166,7 +169,7 @@ def _loading_peak(weights: Sequence[_Held], fmt: Format, shape: Shape) -> int:
     # The largest first, as `nibble.lowbit.linear.prepare` does it.
     for weight in sorted(weights, key=lambda weight: weight.weights * weight.format.bits, reverse=True):
         if weight.bytes != weight.stored:
-            peak = max(peak, held + weight.bytes)
+            peak = max(peak, held + weight.bytes + CONVERTING_BYTES)
             held += weight.bytes - weight.stored
     return peak
 
