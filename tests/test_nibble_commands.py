@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def nibble(
-    *arguments: str, stdin: str = "", program: tuple[str, ...] = ("-m", "nibble")
+    *arguments: str, stdin: str = "", program: tuple[str, ...] = ("-m", "nibble"), timeout: float = 240
 ) -> subprocess.CompletedProcess:
     run = subprocess.run(
-        [sys.executable, *program, *arguments], cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=240
+        [sys.executable, *program, *arguments], cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=timeout
     )
     assert "Traceback" not in run.stderr + run.stdout, run.stderr
     return run
