@@ -65,7 +65,7 @@ def _build_library(operator: Operator) -> None:
         """What a model would take in each format: disk, memory, speed, whether it fits. Measures the machine first."""
         rows = await asyncio.to_thread(operator.estimates, name)
         if not await asyncio.to_thread(lambda: operator.measured):
-            await asyncio.to_thread(operator.measure)
+            await operator.measure()
             rows = await asyncio.to_thread(operator.estimates, name)
         return rows
 

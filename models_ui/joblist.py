@@ -106,7 +106,8 @@ def _progress(job: Plain, say: Say) -> str:
     progress = job["progress"]
     total = progress["total"]
     share = progress["done"] / total if total else None
-    bar = f"<div class='bar'><i style='width:{100 * share:.1f}%'></i></div>" if share is not None else ""
+    kind, width = ("bar", 100 * share) if share is not None else ("bar unknown", 100.0)
+    bar = f"<div class='{kind}'><i style='width:{width:.1f}%'></i></div>"
     return f"{bar}<p class='small'>{_line(progress, share, say)}</p>"
 
 

@@ -97,7 +97,7 @@ class Wiring:
         """The tab is open: once the machine's speed is known, the estimates are whole."""
         try:
             if not await asyncio.to_thread(lambda: self.operator.measured):
-                await asyncio.to_thread(self.operator.measure)
+                await self.operator.measure()
         except Exception as error:  # noqa: BLE001 - the border of the page
             return self._refused(error, say_from(request))
         return ""

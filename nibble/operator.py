@@ -2,23 +2,25 @@
 to the jobs that do so.
 
 Promises that a model is named, by its name here or its id on a hub, and never given as a path; that whatever is wrong
-with a wish is said before any work starts; and that nothing here blocks longer than reading small files, but for `stop`
-and `measure`, which say so. In public mode nothing of it is built. Knows nothing of Gradio, torch and languages.
+with a wish is said before any work starts; and that nothing here blocks longer than reading small files does, but for
+`stop`, which says so. In public mode nothing of it is built. Knows nothing of Gradio, torch and languages.
 """
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from nibble import jobs, library, probe
 from nibble.config import Settings
 from nibble.engines.base import EngineInfo
 from nibble.engines.bigdl import judge, models
-from nibble.errors import DeviceError, ModelError, NibbleError
+from nibble.errors import ModelError, NibbleError
 from nibble.estimate import estimates
 from nibble.jobs import Job
 from nibble.library import DiskUse, ModelCard
@@ -29,6 +31,8 @@ from nibble.tasks.download import request_from
 from nibble.wishes import Download, Evaluate, Quantize, text
 
 MOST_JOBS = 200
+
+Result = TypeVar("Result")
 
 
 class Host(Protocol):
@@ -57,8 +61,7 @@ class Operator:
         self.host = host
         self._settings = settings
         self._config = config
-        self._measuring = threading.Lock()
-        self._unmeasurable = False
+        self._measuring: Future[Machine] | None = None
 
     @property
     def home(self) -> Path:
@@ -97,20 +100,18 @@ class Operator:
     @property
     def measured(self) -> bool:
         """Whether this machine's speed, on which the estimates rest, is known, or cannot be."""
-        return self._unmeasurable or probe.known(self.home) is not None
+        tried = self._measuring
+        return (tried is not None and tried.done()) or probe.known(self.home) is not None
 
-    def measure(self) -> None:
+    async def measure(self) -> None:
         """Measure this machine, where that has not been done; takes some seconds then.
 
         Raises:
             DeviceError: it could not be measured.
         """
-        with self._measuring:
-            try:
-                probe.ensure(self.home)
-            except DeviceError:
-                self._unmeasurable = True
-                raise
+        if self._measuring is None:
+            self._measuring = _aside(lambda: probe.ensure(self.home))
+        await asyncio.shield(asyncio.wrap_future(self._measuring))
 
     def _machine(self) -> Machine:
         """This machine as far as it is known."""
@@ -293,3 +294,17 @@ class Operator:
             JobError: there is no such job, or it waits, runs or is done.
         """
         return jobs.resume(text(job_id), self.home).as_dict()
+
+
+def _aside(work: Callable[[], Result]) -> Future[Result]:
+    """Work in a thread that a server which ends does not wait for."""
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - handed over, never lost
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

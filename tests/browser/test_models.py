@@ -70,6 +70,7 @@ def choose(page: Page, *formats: str) -> None:
         boxes.nth(place).set_checked(boxes.nth(place).get_attribute("value") in formats)
 
 
+@pytest.mark.full
 def test_a_newcomer_shrinks_the_guide_reads_the_report_and_chats(
     start: Callable[[], str], context: BrowserContext, open_page: Open, watch: Watch
 ) -> None:
