@@ -5,6 +5,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,15 @@ def test_a_file_may_hold_a_whole_tokenizer(guide_model: Path, tmp_path: Path) ->
     same_tokenizer(tmp_path / "out", guide_model)
 
 
+def test_a_whole_tokenizer_that_is_none_is_refused(stories: Path, tmp_path: Path) -> None:
+    def also(writer: gguf.GGUFWriter) -> None:
+        writer.add_string("tokenizer.huggingface.json", '{"model": {"type": "Nonsense"}}')
+
+    source = open_source(write_gguf(stories, tmp_path / "stories.gguf", tokenizer=(stories, ""), also=also))
+    with pytest.raises(ModelError, match="tokenizer.huggingface.json is none"):
+        source.copy_files(tmp_path)
+
+
 def same_tokenizer(folder: Path, original: Path) -> None:
     ours, theirs = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(original)
     messages = [{"role": "user", "content": "内存不够怎么办？ What is nf4?"}]
@@ -461,8 +471,8 @@ HUGE = struct.pack("<Q", 2**62)
         (lambda data: data[:4] + struct.pack(">I", 3) + data[8:], "big-endian"),
         (lambda data: data[:8] + HUGE + data[16:], "it counts 4,611,686,018,427,387,904 tensors"),
         (lambda data: data[:16] + HUGE + data[24:], "pairs of metadata"),
-        (lambda data: data[:24] + HUGE + data[32:], "cut short or malformed"),
-        (lambda data: replaced(data, b"tokenizer.ggml.tokens", 8, HUGE), "cut short or malformed"),
+        (lambda data: data[:24] + HUGE + data[32:], "cut short, malformed"),
+        (lambda data: replaced(data, b"tokenizer.ggml.tokens", 8, HUGE), "cut short, malformed"),
         (lambda data: data.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0bloom", 1), "architecture 'bloom'"),
         (lambda data: data.replace(b"blk.0.ffn_up.weight", b"blk.0.ffn_ab.weight"), "holds blk.0.ffn_ab.weight"),
         (lambda data: data.replace(b"blk.0.ffn_up.weight", b"blk.0.ffn_down.bias"), ""),
@@ -496,6 +506,20 @@ def typed(data: bytes, name: bytes, kind: int) -> bytes:
     """The type of a tensor changed: it stands behind its name, the number of dimensions and two of them."""
     at = data.index(name) + len(name) + 4 + 16
     return data[:at] + struct.pack("<I", kind) + data[at + 4 :]
+
+
+def test_a_gigabyte_of_empty_words_is_refused_without_reading_it(tmp_path: Path) -> None:
+    """The file is sparse: it takes no room. What is read of it is bounded, so is what is made of it."""
+    key = b"tokenizer.ggml.tokens"
+    front = b"GGUF" + struct.pack("<IQQQ", 3, 1, 1, len(key)) + key + struct.pack("<IIQ", 9, 8, 2**27)
+    with (tmp_path / "empty.gguf").open("wb") as stream:
+        stream.write(front)
+        stream.truncate(2**30 + len(front))
+    tracemalloc.start()
+    with pytest.raises(ModelError, match="far too long"):
+        open_source(tmp_path / "empty.gguf")
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
 
 
 def test_a_piece_of_a_model_says_how_to_merge(tiny: Callable[..., Path], tmp_path: Path) -> None:

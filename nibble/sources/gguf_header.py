@@ -21,6 +21,10 @@ from nibble.errors import ModelError
 
 VERSIONS = (2, 3)
 MAX_TENSORS = 100_000
+MAX_PAIRS = 10_000
+MAX_ITEMS = 2**21
+"""Of all arrays of the metadata together; a vocabulary of 262,144 tokens has three lists, and half a million merges."""
+MAX_HEADER_BYTES = 64 * 2**20
 MAX_DIMENSIONS = 4
 MAX_NAME = 64
 """Bytes of a tensor's name, as ggml has it."""
@@ -79,7 +83,7 @@ def read_header(path: Path) -> Header:
         raise ModelError(f"{path} cannot be read: {error.strerror}.", "Check the file and its permissions.") from None
     except (struct.error, UnicodeDecodeError, ValueError):
         # mmap raises ValueError for an empty file.
-        raise broken(path, "its header is cut short or malformed") from None
+        raise broken(path, "its header is cut short, malformed or far too long") from None
 
 
 def broken(path: Path, why: str) -> ModelError:
@@ -99,8 +103,7 @@ def _read(path: Path, data: mmap.mmap) -> Header:
             "Get a newer file of the model.",
         )
     tensor_count, pair_count = struct.unpack_from("<QQ", data, 8)
-    # A tensor's entry takes 24 bytes at the least, a pair's 13.
-    if tensor_count > min(MAX_TENSORS, len(data) // 24) or pair_count > len(data) // 13:
+    if tensor_count > MAX_TENSORS or pair_count > MAX_PAIRS:
         raise broken(path, f"it counts {tensor_count:,} tensors and {pair_count:,} pairs of metadata")
     reader = _Reader(data, 24)
     metadata = {}
@@ -148,6 +151,8 @@ class _Reader:
     def __init__(self, data: mmap.mmap, place: int) -> None:
         self.data = data
         self.place = place
+        self.end = min(len(data), MAX_HEADER_BYTES)
+        self.items = MAX_ITEMS
 
     def number(self, form: str) -> Any:
         (value,) = self.numbers(form, 1)
@@ -155,7 +160,7 @@ class _Reader:
 
     def numbers(self, form: str, count: int) -> tuple[Any, ...]:
         length = struct.calcsize(f"<{form}") * count
-        if length > len(self.data) - self.place:
+        if length > self.end - self.place:
             raise struct.error
         values = struct.unpack_from(f"<{count}{form}", self.data, self.place)
         self.place += length
@@ -164,7 +169,7 @@ class _Reader:
     def string(self) -> str:
         length = self.number("Q")
         end = self.place + length
-        if end > len(self.data):
+        if end > self.end:
             raise struct.error
         text = self.data[self.place : end].decode("utf-8")
         self.place = end
@@ -178,11 +183,12 @@ class _Reader:
                 raise struct.error
             return self.number(NUMBERS[kind])
         inner, count = self.number("I"), self.number("Q")
+        self.items -= count
+        # Arrays of arrays are allowed by the format and written by nobody.
+        if self.items < 0 or (inner not in NUMBERS and inner != STRING):
+            raise struct.error
         if inner in NUMBERS:
             return list(self.numbers(NUMBERS[inner], count))
-        # Arrays of arrays are allowed by the format and written by nobody.
-        if inner != STRING or count > (len(self.data) - self.place) // 8:
-            raise struct.error
         read: Callable[[], str] = self.string
         return [read() for _ in range(count)]
 

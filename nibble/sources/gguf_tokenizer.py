@@ -94,8 +94,7 @@ def write(header: Header, folder: Path) -> None:
     if _beside(header):
         copy_files(header.path.parent, folder)
         return
-    kind = _kind(header)
-    text = header.metadata[WHOLE] if kind == WHOLE else BUILDERS[kind](header).to_str()
+    text = BUILDERS[_kind(header)](header).to_str()
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(_config(header), indent=2), encoding="utf-8")
     template = header.get(TEMPLATE, str, "")
@@ -107,7 +106,7 @@ def write(header: Header, folder: Path) -> None:
 
 
 def _kind(header: Header) -> str:
-    """Key of BUILDERS, or WHOLE."""
+    """Key of BUILDERS."""
     if isinstance(header.metadata.get(WHOLE), str):
         return WHOLE
     kind = header.get(f"{KEY}model", str, "")
@@ -154,6 +153,14 @@ def _list(header: Header, key: str, kind: type | tuple[type, ...]) -> list[Any]:
     if values and not isinstance(values[0], kind):
         raise broken(header.path, f"its {KEY}{key} is of the wrong kind")
     return values
+
+
+def _given(header: Header) -> Tokenizer:
+    """The one that stands in the file whole."""
+    try:
+        return Tokenizer.from_str(header.metadata[WHOLE])
+    except Exception as error:  # noqa: BLE001 - what the library raises has no kind of its own
+        raise broken(header.path, f"its {WHOLE} is none ({str(error)[:80]})") from None
 
 
 def _byte_pairs(header: Header) -> Tokenizer:
@@ -236,12 +243,12 @@ def _edge(header: Header, name: str, default: bool) -> list[tuple[str, int]]:
     return [(tokens[number], number)] if wanted and 0 <= number < len(tokens) else []
 
 
-BUILDERS = {"llama": _sentencepiece, "gpt2": _byte_pairs}
-"""`tokenizer.ggml.model` -> what builds it."""
+BUILDERS = {"llama": _sentencepiece, "gpt2": _byte_pairs, WHOLE: _given}
+"""`tokenizer.ggml.model`, or the key of a whole one -> what builds it."""
 
 NEEDED: dict[str, dict[str, type | tuple[type, ...]]] = {
     "llama": {"tokens": str, "scores": (float, int)},
     "gpt2": {"tokens": str, "merges": str},
     WHOLE: {"tokens": str},
 }
-"""Key of BUILDERS, or WHOLE -> lists that the file must hold, and of what."""
+"""Key of BUILDERS -> lists that the file must hold, and of what."""
