@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nibble.commands.quantize import size
 from nibble.jobs.folder import device_lock
 from nibble.jobs.processes import Lock
 from tests.test_nibble_commands import ROOT, nibble
@@ -55,6 +56,8 @@ def test_the_report_is_a_table(home: Path, guide_model: Path) -> None:
         (("guide", "--low-bit", "nf4", "--out", "a/b"), 1, "a/b"),
         (("guide", "--low-bit", "nf4", "--override", "lm_head"), 2, "PATTERN=FORMAT"),
         (("guide", "--low-bit", "nf4", "--text", "/none.txt"), 1, "none.txt"),
+        (("guide", "--pick", "--max-memory", "much"), 2, "4GB"),
+        (("guide", "--pick", "--low-bit", "nf4"), 1, "Either"),
         ((), 2, "MODEL"),
     ],
 )
@@ -77,3 +80,10 @@ def test_it_waits_for_the_device_and_says_so(home: Path, stories: Path) -> None:
         assert process.poll() is None and not (home / "models").exists()
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 0 and "nf4" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("4GB", 4 * 10**9), ("1.5 g", 15 * 10**8), ("700MiB", 700 * 2**20), ("9", 9)]
+)
+def test_sizes(text: str, count: int) -> None:
+    assert size(text) == count

@@ -74,14 +74,16 @@ def write_model(folder: Path, layers: int) -> None:
         transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
-@pytest.mark.parametrize(("kills", "formats"), [(3, FEW), pytest.param(20, PACKED, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    ("kills", "formats"), [(3, FEW), pytest.param(20, PACKED, marks=[pytest.mark.full, pytest.mark.timeout(900)])]
+)
 def test_a_server_is_killed_again_and_again_while_a_model_is_quantized(
     kills: int, formats: list[str], home: Path
 ) -> None:
     seed = random.SystemRandom().randrange(10**6)
     print("seed", seed)
     dice = random.Random(seed)
-    write_model(home / "models" / "big", layers=kills)
+    write_model(home / "models" / "big", layers=3 + kills // 4)
     server = Server(home, {"model": "big", "low_bit": formats, "evaluate": False})
     while server.job()[1] != "running":
         pass

@@ -14,9 +14,10 @@ import torch
 from nibble import publish
 from nibble.errors import FormatError, NibbleError
 from nibble.lowbit import LowBitLinear
-from nibble.quality import kept
+from nibble.quality import Proposal, kept
 from nibble.shards import Writer
 from nibble.tasks import download
+from nibble.tasks import quantize as task
 from nibble.tasks.quantize import run
 from nibble.transformers import AutoModelForCausalLM
 from tests.support.downloads import Told
@@ -97,6 +98,9 @@ def test_mixed_bits(tiny: str, home: Path) -> None:
         ({"out": "a/b"}, "cannot be a model's name"),
         ({"out": ".hidden"}, "cannot be a model's name"),
         ({"overrides": {"lm_head": "int3"}}, "int3"),
+        ({"pick": {"max_kl": 0.1}}, "Either a format"),
+        ({"pick": {"max_kl": -1}, "low_bit": []}, "-1.0 nats"),
+        ({"pick": {"max_lk": 1}, "low_bit": []}, "no setting 'max_lk'"),
         ({"token": "x"}, "no setting 'token'"),
         ({"trust_remote_code": True}, "no setting 'trust_remote_code'"),
     ],
@@ -191,3 +195,32 @@ def test_formats_are_checked_before_a_download(home: Path, monkeypatch: pytest.M
     monkeypatch.setattr(download, "run", lambda *_: pytest.fail("downloaded"))
     with pytest.raises(FormatError):
         quantize("org/model", home, low_bit=["sym_int3"])
+
+
+def test_what_is_picked_is_packed(tiny: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search itself is tried with the quality of models; here, what becomes of its proposal."""
+    proposals = [
+        Proposal("sym_int4", {"layers.1": "sym_int8"}, True, "It fits.", 0.01, 1, 1),
+        Proposal("sym_int8", {}, False, "Nothing loses so little.", 0.2, 1, 1),
+    ]
+    asked = []
+    monkeypatch.setattr(task, "pick", lambda folder, limits, *_: asked.append(limits) or proposals.pop(0))
+    result = quantize(tiny, home, pick={"memory_bytes": 10**9}, overrides={"lm_head": "sym_int8"})
+    [model] = result["models"]
+    config = json.loads((Path(model["folder"]) / "config.json").read_text())["quantization_config"]
+    assert (model["name"], model["format"]) == ("tiny-picked", "sym_int4")
+    assert config["overrides"] == [["layers.1", "sym_int8"], ["lm_head", "sym_int8"]]
+    assert result["pick"]["why"] == "It fits." and asked[0].memory_bytes == 10**9
+    with pytest.raises(NibbleError, match="Nothing loses so little"):
+        quantize(tiny, home, pick={"max_kl": 0.001})
+    with pytest.raises(NibbleError, match="not in full precision"):
+        quantize("tiny-picked", home, pick={"max_kl": 0.1})
+
+
+@pytest.mark.full
+def test_pick_for_me(tiny: str, home: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time, there was a little girl named Lily. She loved to play outside. " * 8)
+    result = quantize(tiny, home, pick={"max_kl": 0.02}, text=str(text), paths=True)
+    assert result["pick"]["holds"] and result["pick"]["kl_mean"] <= 0.02
+    assert result["models"][0]["format"] == result["pick"]["format"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from nibble.errors import ConfigError
 from nibble.jobs import run_foreground
 from nibble.quality.table import lines
 
-SETTINGS = ["home"]
+SETTINGS = ["home", "device"]
 
-DEVICE = "cpu"
-"""Where the work is done: this and a job on the same device wait for each other."""
+UNITS = ("", "k", "m", "g", "t")
+"""Each a thousand of the one before; with an i, as in GiB, 1024."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +33,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--override", metavar="PATTERN=FORMAT", action="append", default=[], help="another format for these modules"
     )
+    parser.add_argument("--pick", action="store_true", help="choose the smallest form within the two limits below")
+    parser.add_argument("--max-memory", metavar="SIZE", type=size, default=0, help="such as 4GB (default: no limit)")
+    parser.add_argument("--max-kl", metavar="NATS", type=float, default=0.05, help="mean loss a token (default: 0.05)")
     parser.add_argument("--text", metavar="FILE", type=Path, help="measure on this text instead of the one that ships")
     parser.add_argument("--no-report", action="store_true", help="do not measure what was lost")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -43,9 +47,12 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
         "model": arguments.model, "low_bit": [name for name in arguments.low_bit.split(",") if name.strip()],
         "out": arguments.out, "skip": arguments.skip, "overrides": dict(map(_override, arguments.override)),
         "evaluate": not arguments.no_report, "text": str(arguments.text.resolve()) if arguments.text else "",
-        "home": str(settings.home_folder), "config": arguments.config or "", "paths": True,
+        "pick": {"max_kl": arguments.max_kl, "memory_bytes": arguments.max_memory} if arguments.pick else {},
+        "device": settings.device, "home": str(settings.home_folder), "config": arguments.config or "", "paths": True,
     }  # fmt: skip
-    result = run_foreground("quantize", spec, home=settings.home_folder, exclusive=DEVICE)
+    # Packing itself is done on the CPU: this and a job on the same device wait for each other.
+    device = "cpu" if settings.device == "auto" else settings.device
+    result = run_foreground("quantize", spec, home=settings.home_folder, exclusive=device)
     if arguments.json:
         print(json.dumps(result, ensure_ascii=False, indent=2))
         return
@@ -54,6 +61,18 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     if result["report"]:
         print("\n".join(["", *lines(result["report"]), ""]))
     print(f'Chat with it:   python -m nibble ask --model {result["models"][0]["name"]} "Hello"')
+
+
+def size(text: str) -> int:
+    """Bytes, from a text such as 4GB or 500 MB.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write it as 4GB")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** UNITS.index(found[2]))
 
 
 def _override(text: str) -> tuple[str, str]:

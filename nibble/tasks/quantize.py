@@ -10,32 +10,38 @@ import errno
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nibble import library
+from nibble import library, screen
 from nibble.bigdl.convert import convert
 from nibble.bigdl.folders import saved_format
 from nibble.checkpoint import read_config
 from nibble.config import Settings, check_keys, load_settings
 from nibble.errors import ModelError, NibbleError
-from nibble.lowbit.formats import ALIASES, resolve
-from nibble.quality import Subject, compare, keep
+from nibble.lowbit.formats import ALIASES, Format, resolve
+from nibble.quality import SHORT, Limits, Proposal, Subject, compare, keep, pick
 from nibble.quality.measuring import Conditions
 from nibble.quality.text import read_text
 from nibble.tasks import Report, download
 
 KEYS = [
-    "model", "low_bit", "out", "skip", "overrides", "evaluate", "text", "home", "config", "paths", "resume",
+    "model", "low_bit", "out", "skip", "overrides", "evaluate", "text", "pick", "device", "home", "config", "paths",
+    "resume",
 ]  # fmt: skip
 """What a spec may say; only `model` must be there: a name, a hub's org/name or, where `paths`, a folder or GGUF file.
 `low_bit`: formats, one folder each; none keeps the forms that the source has. `out`: a name (default MODEL-FORMAT, and
 OUT-FORMAT where there are several). `skip`, `overrides`: as `LowBitConfig`. `evaluate`: measure what was lost. `text`:
-a file to measure on. `text`, `home`, `config` and `paths` are never a visitor's to choose."""
+a file to measure on. `device`: where that is done. `pick`: {"max_kl": nats, "memory_bytes": n}, either of them: choose
+the smallest form within these limits, instead of `low_bit`. `text`, `home`, `config` and `paths` are never a visitor's
+to choose."""
 
 REMOTE = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|https://\S+")
 """A model on a hub."""
+
+MAX_KL = 0.05
+"""Nats a token that a picked form may lose where only the memory is limited."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -54,6 +60,7 @@ class Order:
     overrides: Mapping[str, str] = field(default_factory=dict)
     evaluate: bool = True
     text: Path | None = None
+    pick: Limits | None = None
     paths: bool = False
 
 
@@ -66,7 +73,7 @@ def run(spec: Mapping[str, Any], report: Report) -> dict[str, Any]:
 
     Returns:
         `models`, a list of `name`, `folder`, `format`, `bytes`, `from_bytes` (the source's), `kept` (weights that the
-        source had in this form) and `quality`; and `report`, the quality of all together.
+        source had in this form) and `quality`; `report`, the quality of all together; `pick`, what was proposed.
 
     Raises:
         NibbleError: a spec, model or format that cannot be used; no room on the disk.
@@ -76,16 +83,26 @@ def run(spec: Mapping[str, Any], report: Report) -> dict[str, Any]:
         os.environ.setdefault(variable, value)
     settings = load_settings({"home": spec.get("home") or None}, Path(spec["config"]) if spec.get("config") else None)
     order = order_from(spec)
-    if order.evaluate:
-        read_text(order.text)  # A text that cannot be read is told before hours of work, not after.
+    read_text(order.text)  # One that cannot be read is told before hours of work, not after.
+    device = str(spec.get("device") or settings.device)
+    conditions = Conditions(text=order.text, device=device, trusted=settings.trust_remote_code)
     origin = _origin(order, settings, report)
+    proposal = _pick(order, origin, conditions, report) if order.pick else None
+    if proposal:
+        overrides = {**proposal.overrides, **order.overrides}
+        out = order.out or f"{_name(origin)}-picked"
+        order = replace(order, low_bit=(proposal.format,), overrides=overrides, out=out)
     try:
         models = _pack(order, origin, settings, report)
-        found = _measure(order, origin, models, settings, report) if order.evaluate else None
+        found = _measure(origin, models, conditions, settings, report) if order.evaluate else None
     except OSError as error:
         raise _unwritten(error, settings.home_folder) from error
     rows = {row["name"]: row for row in found["formats"]} if found else {}
-    return {"models": [model | {"quality": rows.get(model["name"])} for model in models], "report": found}
+    return {
+        "models": [model | {"quality": rows.get(model["name"])} for model in models],
+        "report": found,
+        "pick": proposal.as_dict() if proposal else None,
+    }
 
 
 def order_from(spec: Mapping[str, Any]) -> Order:
@@ -115,7 +132,7 @@ def order_from(spec: Mapping[str, Any]) -> Order:
     overrides = {str(pattern): resolve(name).name for pattern, name in (spec.get("overrides") or {}).items()}
     return Order(
         model, tuple(dict.fromkeys(fmt.name for fmt in formats)), out, tuple(map(str, spec.get("skip") or ())),
-        overrides, bool(spec.get("evaluate", True)), text, paths,
+        overrides, bool(spec.get("evaluate", True)), text, _limits(spec, formats), paths,
     )  # fmt: skip
 
 
@@ -135,6 +152,35 @@ def _origin(order: Order, settings: Settings, report: Report) -> Path:
     if not here.is_dir():
         download.run(spec, _Renamed(report))
     return here
+
+
+def _limits(spec: Mapping[str, Any], formats: list[Format]) -> Limits | None:
+    wanted = spec.get("pick")
+    if not wanted:
+        return None
+    if formats:
+        raise ModelError("Either a format is named, or one is to be picked.", "Leave one of the two out.")
+    check_keys(wanted, ["max_kl", "memory_bytes"], "pick")
+    return Limits(float(wanted.get("max_kl") or MAX_KL), int(wanted.get("memory_bytes") or 0))
+
+
+def _pick(order: Order, origin: Path, conditions: Conditions, report: Report) -> Proposal:
+    """The smallest form within the limits.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if not _in_full(origin):
+        raise ModelError(
+            f"{_name(origin)} is not in full precision, so what a format loses cannot be told.", "Name a format."
+        )
+    screen.check(origin, trust_remote_code=_name(origin) in conditions.trusted)
+    assert order.pick is not None
+    proposal = pick(origin, order.pick, replace(conditions, tokens=SHORT.tokens), report)
+    if not proposal.holds:
+        raise ModelError(proposal.why, "Allow more memory or a larger loss, or name a format yourself.")
+    report.note(proposal.why)
+    return proposal
 
 
 class _Renamed:
@@ -206,16 +252,14 @@ def _convert(order: Order, origin: Path, settings: Settings, report: Report) -> 
 
 
 def _measure(
-    order: Order, origin: Path, models: list[dict[str, Any]], settings: Settings, report: Report
+    origin: Path, models: list[dict[str, Any]], conditions: Conditions, settings: Settings, report: Report
 ) -> dict[str, Any] | None:
     """What the new models lost, beside the original where that is in full precision; kept with each of them.
 
     None where it could not be measured: the models are there all the same.
     """
     folders = [Path(model["folder"]) for model in models]
-    dense = origin.is_dir() and (origin / "config.json").exists() and not read_config(origin).get("quantization_config")
-    reference = origin if dense and not saved_format(read_config(origin)) else None
-    conditions = Conditions(text=order.text, trusted=settings.trust_remote_code)
+    reference = origin if _in_full(origin) else None
     try:
         found = compare([Subject(folder) for folder in folders], reference, conditions, report)
     except NibbleError as error:
@@ -227,6 +271,14 @@ def _measure(
     if origin in (library.GUIDE_FOLDER, settings.home_folder / "models" / origin.name):
         keep(found["model"], settings.home_folder, found)
     return found
+
+
+def _in_full(origin: Path) -> bool:
+    """Whether it is a folder in full precision."""
+    if not (origin / "config.json").exists():
+        return False
+    config = read_config(origin)
+    return not config.get("quantization_config") and not saved_format(config)
 
 
 def _name(origin: Path) -> str:
