@@ -22,8 +22,8 @@ WIDTH, HEIGHT = 480, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 96, 14, 34
 """Of the chart, in its own units: it is as wide as its card. The names of the rightmost points need room."""
 
-LINE = 13
-"""Height of a name in the chart."""
+LINE, LETTER = 13, 6.4
+"""Height of a name in the chart, and width of one of its letters."""
 
 
 def report(known: Plain, chosen: str, say: Say) -> str:
@@ -41,13 +41,14 @@ def report(known: Plain, chosen: str, say: Say) -> str:
     name = WORDS.say("shipped", say.language) if text["name"] == "shipped" else text["name"]
     under = say("report_of", tokens=text["tokens"], text=name, device=known["device"])
     rows.sort(key=lambda row: (row.get("size_bytes") or 0, row.get("kl_mean") or 0))
-    lines = [_row(row, say, marked=row.get("name") == chosen) for row in rows]
+    own = [row for row in rows if row.get("name") == chosen]
+    mark = chosen if len(own) < len(rows) else ""
+    lines = [_row(row, say, marked=row.get("name") == mark) for row in rows]
     lines += [_row(known["reference"], say, reference=True)] if known.get("reference") else []
     keys = ("format", "perplexity", "kl", "kl95", "top1", "size", "speed")
-    parts = [f"<h5>{say('report')}</h5>", table([say(f"th_{key}") for key in keys], lines, "quality")]
-    own = [row for row in rows if row.get("name") == chosen] or rows
-    parts += [f"<p class='small'>{under}</p>", chart(rows, chosen, say), worst(own, say)]
-    return "".join(parts)
+    figures = table([say(f"th_{key}") for key in keys], lines, "quality")
+    parts = [f"<h5>{say('report')}</h5><div class='wide'>{figures}</div><p class='small'>{under}</p>"]
+    return "".join([*parts, chart(rows, mark, say), worst(own or rows, say)])
 
 
 def _row(row: Plain, say: Say, *, reference: bool = False, marked: bool = False) -> str:
@@ -70,15 +71,13 @@ def worst(rows: Sequence[Plain], say: Say) -> str:
     """The layers with the largest error of each format, folded."""
     parts = []
     for row in rows:
-        layers = row.get("layers") or ()
-        if layers:
-            lines = [
-                f"<tr><th scope='row'>{escape(layer['name'])}</th><td>{100 * layer['error']:.2f} %</td></tr>"
-                for layer in layers
-            ]
-            body = table([say("th_layer"), say("th_error")], lines, "layers")
-            parts.append(f"<details><summary>{say('worst')}: {escape(row['format'])}</summary>{body}</details>")
-    return "".join(parts)
+        lines = [
+            f"<tr><th scope='row'>{escape(layer['name'])}</th><td>{100 * layer['error']:.2f} %</td></tr>"
+            for layer in row.get("layers") or ()
+        ]
+        if lines:
+            parts.append(table([escape(row["format"]), say("th_error")], lines, "layers"))
+    return f"<details><summary>{say('worst')}</summary>{''.join(parts)}</details>" if parts else ""
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def chart(rows: Sequence[Plain], chosen: str, say: Say) -> str:
 
     grid = "".join(
         f"<line x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{y(power):.1f}' y2='{y(power):.1f}'/>"
-        f"<text x='{LEFT - 6}' y='{y(power) + 4:.1f}' text-anchor='end'>{10.0**power:g}</text>"
+        f"<text x='{LEFT - 6}' y='{y(power) + 4:.1f}' text-anchor='end'>{10.0**power:.{max(0, -power)}f}</text>"
         for power in range(low, high + 1)
     )
     marks = (least + share * (most - least) for share in (0, 0.5, 1))
@@ -149,15 +148,16 @@ def _point(point: Point, line: float) -> str:
 
 
 def _lines(points: Sequence[Point]) -> list[float]:
-    """Where each point's name stands, so that no two names of points near each other overlap."""
-    placed: list[tuple[float, float]] = []
-    lines = dict.fromkeys(range(len(points)), 0.0)
-    for number in sorted(lines, key=lambda number: points[number].y):
-        point = points[number]
-        line = point.y
-        for other_x, other_line in sorted(placed, key=lambda item: item[1]):
-            if abs(other_x - point.x) < RIGHT and abs(other_line - line) < LINE:
-                line = other_line + LINE
-        placed.append((point.x, line))
-        lines[number] = line
-    return list(lines.values())
+    """Where each point's name stands: as near to it as the other names and points leave room."""
+    taken = [(point.x - 5, point.x + 5, point.y) for point in points]
+    lines = []
+    for point in points:
+        left, right = point.x + 10, point.x + 12 + LETTER * len(point.name)
+        steps = (sign * step for step in range(len(points) * 2) for sign in (1, -1))
+        near = (point.y + LINE * step for step in steps)
+        line = next(
+            (y for y in near if not any(a < right and left < b and abs(y - z) < LINE for a, b, z in taken)), point.y
+        )
+        taken.append((left, right, line))
+        lines.append(line)
+    return lines

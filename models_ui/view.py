@@ -56,10 +56,10 @@ def speed(tokens_per_s: float | None) -> str:
 
 
 def nats(value: float | None) -> str:
-    """A divergence, for a person: three digits that count."""
+    """A divergence, for a person: the smaller, the more places."""
     if value is None:
         return NOTHING
-    return "0" if value == 0 else f"{value:.3f}" if value >= 0.1 else f"{value:.2g}"
+    return "0" if value == 0 else f"{value:.{3 if value >= 0.1 else 4 if value >= 0.01 else 5}f}"
 
 
 def formats(estimates: Sequence[Plain], report: Plain, say: Say, *, source: bool = False, note: str = "") -> str:

@@ -102,7 +102,6 @@ WORDS = Words(
         "th_kl": ("KL mean", "KL 均值"),
         "th_kl95": ("KL 95 %", "KL 95 %"),
         "th_top1": ("Same top token", "首选一致"),
-        "th_load": ("Load", "加载"),
         "reference": ("reference", "参照"),
         "shipped": ("the text that ships with Nibble", "Nibble 自带文本"),
         "report_of": (
@@ -111,7 +110,6 @@ WORDS = Words(
         ),
         "chart": ("Size against loss: lower left is better", "大小与损失：越靠左下越好"),
         "worst": ("Worst layers", "误差最大的层"),
-        "th_layer": ("Layer", "层"),
         "th_error": ("Error", "误差"),
         # jobs
         "no_jobs": ("No jobs yet.", "还没有任务。"),
@@ -153,7 +151,6 @@ WORDS = Words(
             "Delete {model} ({size})? It cannot be brought back.",
             "删除 {model}（{size}）？删除后无法恢复。",
         ),
-        "stopping": ("Stopping {what}…", "正在停止 {what}……"),
         "no_formats": ("Choose at least one format.", "请至少选择一种格式。"),
         "stored_alone": (
             "“As it is stored” stands alone: start the other formats after it.",

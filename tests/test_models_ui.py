@@ -152,7 +152,7 @@ def text_of(html: str) -> str:
 
 def test_the_library_tells_size_loss_memory_and_speed() -> None:
     shown = text_of(view.library([CARD], "mine", SAY))
-    for word in ("mine", "loaded", "qwen2 · 13.4 M · nf4", "12.0 MB", "0.012", "1.5 GB", "31"):
+    for word in ("mine", "loaded", "qwen2 · 13.4 M · nf4", "12.0 MB", "0.0123", "1.5 GB", "31"):
         assert word in shown
 
 
@@ -164,7 +164,7 @@ def test_the_formats_are_marked_by_what_fits() -> None:
     shown = view.formats(rows, REPORT, SAY)
     assert shown.count("<input type='checkbox'") == sum(row.quantized for row in FORMATS.values())
     assert shown.count("<tr class='fits'>") == 1 and shown.count("<tr class='too_large'>") == 1
-    assert "0.0004" in shown and "as it is stored" in view.formats(rows, {}, SAY, source=True)
+    assert "0.00040" in shown and "as it is stored" in view.formats(rows, {}, SAY, source=True)
 
 
 def test_the_report_shows_every_format_beside_the_reference() -> None:
@@ -196,7 +196,7 @@ def test_the_chart_stays_in_its_frame_and_names_do_not_overlap(pairs: list[tuple
     names = [(float(x), float(y)) for x, y in re.findall(r"class='name' x='([^']+)' y='([^']+)'", drawn)]
     assert len(names) == len(rows)
     for place, (x, y) in enumerate(names):
-        assert not any(abs(x - u) < 30 and abs(y - v) < report.LINE - 1 for u, v in names[:place])
+        assert not any(abs(x - u) < report.LETTER and abs(y - v) < report.LINE - 1 for u, v in names[:place])
 
 
 def test_a_job_tells_how_far_it_is_in_both_languages() -> None:
