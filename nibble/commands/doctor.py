@@ -95,8 +95,9 @@ def _speed(settings: Settings) -> list[Finding]:
         return [Finding("speed", "not measured on this machine yet: python -m nibble doctor --measure")]
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(machine.measured))
     rates = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in machine.rates.items())
+    again = "; much else ran then: doctor --measure when less does" if machine.busy else ""
     return [
-        Finding("bandwidth", f"{machine.bandwidth / 1e9:.1f} GB/s read from memory (measured {when})"),
+        Finding("bandwidth", f"{machine.bandwidth / 1e9:.1f} GB/s read from memory (measured {when}{again})"),
         Finding("speed", f"thousand million weights a second, one token at a time: {rates}"),
         Finding("process", f"{machine.process_bytes / 1e6:.0f} MB beside a model"),
     ]

@@ -28,6 +28,9 @@ PROCESS_BYTES = 300_000_000
 """Private memory of a process that has loaded torch and transformers, where it was not measured: torch 2.13 for CPUs
 and transformers 5.23 took 290 MB after a first answer."""
 
+BUSY = 0.5
+"""Share of the cores that other work may take before figures are doubted."""
+
 TIMEOUT_S = 300
 """A machine so busy that the measuring takes longer gives no figures worth keeping."""
 
@@ -56,8 +59,15 @@ class Machine:
     """The device that `auto` chooses."""
     device_bytes: int = 0
     """Memory that was free on it, where it is not the CPU."""
+    load: float = 0.0
+    """Processes that wanted a core in the minute before: figures of a busy machine are too low."""
     measured: float = 0.0
     """Unix time; 0 where nothing was measured."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether so much else ran that measuring again, when less does, would give better figures."""
+        return self.load > BUSY * self.cores
 
     @property
     def free_bytes(self) -> int:
@@ -111,7 +121,7 @@ def known(home: Path) -> Machine | None:
 def _read(content: dict[str, Any]) -> Machine:
     machine = Machine(**{item.name: content[item.name] for item in fields(Machine) if item.name in content})
     numbers = [machine.bandwidth, machine.token_s, machine.measured, machine.process_bytes, machine.device_bytes]
-    numbers += [machine.cores, *machine.rates.values(), *machine.layer_s.values()]
+    numbers += [machine.cores, machine.load, *machine.rates.values(), *machine.layer_s.values()]
     if not all(isinstance(number, (int, float)) and 0 <= number < float("inf") for number in numbers):
         raise ValueError("not a figure")
     return replace(machine, kernels=None if machine.kernels is None else tuple(map(str, machine.kernels)))

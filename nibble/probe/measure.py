@@ -63,6 +63,7 @@ two: the lean way knows some."""
 
 def measure() -> Machine:
     """Measure this machine: about two seconds, with all cores that it may use."""
+    load = psutil.getloadavg()[0]
     where = devices.choose("auto")
     served = tuple(name for name in RECIPES if kernels.agrees(name))
     steps = {way: tuple(_token_seconds(way, layers) for layers in TINY_LAYERS) for way in WAYS}
@@ -75,7 +76,7 @@ def measure() -> Machine:
         identity=identity(), cores=devices.usable_cores(), bandwidth=bandwidth, rates=rates, kernels=served,
         layer_s=layer_s, token_s=max(0.0, steps["lean"][0] - layer_s["lean"]), process_bytes=process,
         device=where.kind, device_bytes=0 if where.kind == "cpu" else devices.free_memory(where.kind),
-        measured=time.time(),
+        load=load, measured=time.time(),
     )  # fmt: skip
 
 
