@@ -15,12 +15,15 @@ from nibble import publish
 from nibble.errors import FormatError, NibbleError
 from nibble.lowbit import LowBitLinear
 from nibble.quality import Proposal, kept
+from nibble.screen import check
 from nibble.shards import Writer
+from nibble.sources import open_source
 from nibble.tasks import download
 from nibble.tasks import quantize as task
 from nibble.tasks.quantize import run
 from nibble.transformers import AutoModelForCausalLM
 from tests.support.downloads import Told
+from tests.support.ggufs import write_gguf
 
 
 @pytest.fixture
@@ -117,6 +120,28 @@ def test_a_path_is_for_the_console_alone(stories: Path, home: Path) -> None:
         quantize(str(stories), home, low_bit=["nf4"])
     [model] = quantize(str(stories), home, low_bit=["nf4"], paths=True)["models"]
     assert model["name"] == "stories260K-hf-nf4"
+
+
+@pytest.mark.parametrize("place", ["file", "folder"])
+def test_a_gguf_keeps_what_it_has(place: str, stories: Path, home: Path, tmp_path: Path) -> None:
+    """Its Q4_0 tensors as they are, by the file's path or by the name of a folder that holds it."""
+    folder = home / "models" / "small" if place == "folder" else tmp_path
+    folder.mkdir(parents=True, exist_ok=True)
+    file = write_gguf(stories, folder / "stories.gguf", "Q4_0", (stories, ""))
+    more = {"paths": True} if place == "file" else {}
+    [model] = quantize(str(file) if more else "small", home, **more)["models"]
+    assert model["name"] == ("stories-sym_int4" if more else "small-sym_int4") and model["format"] == "sym_int4"
+    # Of each of the five layers all but down_proj, whose 172 columns are no whole blocks; and the head.
+    assert model["kept"] == 5 * 6 + 1
+    source, ours = open_source(file), AutoModelForCausalLM.load_low_bit(model["folder"])
+    name = "model.layers.3.self_attn.q_proj"
+    assert torch.equal(ours.get_submodule(name).weight, source.tensors[f"{name}.weight"].read().codes)
+    assert type(ours.model.layers[0].mlp.down_proj) is torch.nn.Linear
+    check(Path(model["folder"]))
+    told = Told()
+    spec = {"model": str(file), "low_bit": ["nf4"], "home": str(home), "evaluate": False, "paths": True}
+    assert run(spec, told)["models"][0]["kept"] == 0
+    assert "loses a second time" in told.notes[0]
 
 
 def test_a_low_bit_model_is_not_packed_again(tiny: str, home: Path) -> None:

@@ -86,4 +86,5 @@ def line(model: dict[str, Any]) -> str:
     """A model that was written, as one line: name, format, and its size before and after."""
     before, after = model["from_bytes"], model["bytes"]
     scale, unit = (1e9, "GB") if before >= 1e9 else (1e6, "MB")
-    return f"{model['name']}: {model['format']}, {before / scale:.1f} → {after / scale:.1f} {unit}"
+    kept = f", {model['kept']} weights taken as they were" if model["kept"] else ""
+    return f"{model['name']}: {model['format']}, {before / scale:.1f} → {after / scale:.1f} {unit}{kept}"

@@ -208,6 +208,10 @@ def _pack(order: Order, origin: Path, settings: Settings, report: Report) -> lis
     formats = order.low_bit or (plan(source, packings[0]).config.low_bit,)
     folders = _folders(order, name, formats, settings.home_folder, origin)
     written = pack(source, dict(zip(folders, packings, strict=True)), report)
+    if source.kind != "safetensors" and not all(packed.kept for packed in written):
+        report.note(
+            f"{name} was packed already, and another format loses a second time; without one it stays as it is."
+        )
     before = sum(stored.nbytes for stored in source.tensors.values())
     return [_told(packed.folder, packed.format, packed.nbytes, before, packed.kept) for packed in written]
 
