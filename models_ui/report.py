@@ -22,8 +22,8 @@ WIDTH, HEIGHT = 480, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 96, 14, 34
 """Of the chart, in its own units: it is as wide as its card. The names of the rightmost points need room."""
 
-LINE, LETTER = 13, 6.4
-"""Height of a name in the chart, and width of one of its letters."""
+LINE, LETTER, POINT = 13, 6.4, 9
+"""Height of a name in the chart, width of one of its letters, and how near a name may come to a point."""
 
 
 def report(known: Plain, chosen: str, say: Say) -> str:
@@ -149,15 +149,14 @@ def _point(point: Point, line: float) -> str:
 
 def _lines(points: Sequence[Point]) -> list[float]:
     """Where each point's name stands: as near to it as the other names and points leave room."""
-    taken = [(point.x - 5, point.x + 5, point.y) for point in points]
-    lines = []
-    for point in points:
+    taken = [(point.x - 5, point.x + 5, point.y, POINT) for point in points]
+    lines = dict.fromkeys(range(len(points)), 0.0)
+    for number in sorted(lines, key=lambda number: points[number].y):
+        point = points[number]
         left, right = point.x + 10, point.x + 12 + LETTER * len(point.name)
-        steps = (sign * step for step in range(len(points) * 2) for sign in (1, -1))
-        near = (point.y + LINE * step for step in steps)
-        line = next(
-            (y for y in near if not any(a < right and left < b and abs(y - z) < LINE for a, b, z in taken)), point.y
+        near = (point.y + sign * LINE * step for step in range(2 * len(points)) for sign in (1, -1))
+        lines[number] = next(
+            (y for y in near if not any(a < right and left < b and abs(y - z) < gap for a, b, z, gap in taken)), point.y
         )
-        taken.append((left, right, line))
-        lines.append(line)
-    return lines
+        taken.append((left, right, lines[number], LINE))
+    return list(lines.values())
