@@ -46,6 +46,7 @@ FLAGS: Mapping[str, Callable[[Any], Flags]] = {
     "evaluate": lambda wanted: [] if wanted else ["--no-report"],
     "against": _value("--against"),
     "tokens": _value("--tokens"),
+    "device": lambda kind: [] if kind == "cpu" else ["--device", kind],
     "config": _value("--config"),
     "home": lambda home: [] if Path(home) == Settings().home_folder else ["--home", str(home)],
 }

@@ -62,6 +62,8 @@ def _job(job: Plain, log: str | None, say: Say) -> str:
         f"<time>{began}</time><span class='acts'>{_acts(job, log is not None, say)}</span></div>"
     )
     parts = [head, _progress(job, say)]
+    if job["note"]:
+        parts.append(f"<p class='small'>{escape(job['note'])}</p>")
     if job["cause"]:
         parts.append(f"<p class='{'wrong' if state in ('failed', 'killed') else 'small'}'>{escape(job['cause'])}</p>")
     if log is not None:

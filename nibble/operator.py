@@ -219,7 +219,7 @@ class Operator:
         """
         spec = wish.spec()
         request_from(spec, self._settings)
-        return self._start("download", spec | {"hubs": list(self._settings.hubs)})
+        return self._start("download", spec | {"hubs": list(self._settings.hubs)}, alone=False)
 
     def quantize(self, wish: Quantize) -> dict[str, Any]:
         """Make low-bit models of a model.
@@ -227,7 +227,7 @@ class Operator:
         Raises:
             NibbleError: a name, a format or a limit that cannot be; or the same is under way already.
         """
-        return self._start("quantize", self._source(wish.model) | wish.spec(), exclusive=self.device)
+        return self._start("quantize", self._source(wish.model) | wish.spec())
 
     def evaluate(self, wish: Evaluate) -> dict[str, Any]:
         """Measure what a model loses in low bit.
@@ -239,10 +239,12 @@ class Operator:
         if wish.against:
             self._folder(wish.against)
             spec["against"] = text(wish.against)
-        return self._start("evaluate", spec | {"device": self.device}, exclusive=self.device)
+        return self._start("evaluate", spec)
 
-    def _start(self, task: str, spec: Mapping[str, Any], exclusive: str | None = None) -> dict[str, Any]:
-        return jobs.start(task, {**spec, **self.surroundings}, home=self.home, exclusive=exclusive).as_dict()
+    def _start(self, task: str, spec: Mapping[str, Any], *, alone: bool = True) -> dict[str, Any]:
+        """Start a job; `alone` on its device, or beside any other."""
+        whole = {**spec, **({"device": self.device} if alone else {}), **self.surroundings}
+        return jobs.start(task, whole, home=self.home, exclusive=self.device if alone else None).as_dict()
 
     @property
     def surroundings(self) -> dict[str, str]:

@@ -140,7 +140,7 @@ REPORT = {
 }  # fmt: skip
 JOB = {
     "id": "20261120-161502-quantize-ab12", "task": "quantize", "state": "running", "cause": "", "created": 0.0,
-    "started": 1.0, "elapsed_s": 3.0, "result": None, "spec": {"model": "guide", "low_bit": ["nf4"]},
+    "started": 1.0, "elapsed_s": 3.0, "result": None, "note": "", "spec": {"model": "guide", "low_bit": ["nf4"]},
     "progress": {"done": 12.0, "total": 28.0, "unit": "layers", "stage": "pack", "speed": 3.1, "seconds_left": 5.0},
 }  # fmt: skip
 
@@ -233,7 +233,7 @@ def test_nothing_of_a_file_reaches_the_page_unescaped() -> None:
         "text": {"name": HOSTILE, "tokens": 1},
         "device": HOSTILE,
     }
-    job = JOB | {"state": "failed", "cause": HOSTILE, "spec": {"model": HOSTILE, "low_bit": [HOSTILE]}}
+    job = JOB | {"state": "failed", "cause": HOSTILE, "note": HOSTILE, "spec": {"model": HOSTILE, "low_bit": [HOSTILE]}}
     parts = [
         view.library([card], "", SAY), view.facts(card, SAY), view.facts(card | {"problem": HOSTILE}, SAY),
         view.told(HOSTILE), report.report(known, HOSTILE, SAY), joblist.joblist([job], job["id"], HOSTILE, SAY),
