@@ -243,9 +243,10 @@ def test_what_is_picked_is_packed(tiny: str, home: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 def test_pick_for_me(tiny: str, home: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time, there was a little girl named Lily. She loved to play outside. " * 8)
-    result = quantize(tiny, home, pick={"max_kl": 0.02}, text=str(text), paths=True)
-    assert result["pick"]["holds"] and result["pick"]["kl_mean"] <= 0.02
+    result = quantize(tiny, home, pick={"max_kl": 0.2}, text=str(text), paths=True)
+    assert result["pick"]["holds"] and result["pick"]["kl_mean"] <= 0.2
     assert result["models"][0]["format"] == result["pick"]["format"]
