@@ -44,7 +44,7 @@ def client(home: Path) -> Iterator[Client]:
         made.close()
 
 
-def ended(client: Client, job: dict[str, Any], seconds: float = 120.0) -> dict[str, Any]:
+def ended(client: Client, job: dict[str, Any], seconds: float = 300.0) -> dict[str, Any]:
     """The job, once it has ended."""
 
     def look() -> dict[str, Any] | None:
