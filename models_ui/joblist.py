@@ -115,8 +115,11 @@ def _progress(job: Plain, say: Say) -> str:
 
 def _line(progress: Plain, share: float | None, say: Say) -> str:
     """`downloading 12 MB/40 MB · 30 % · 4 MB/s · 7 s left`, in the visitor's language."""
-    stage, unit = progress["stage"], progress["unit"]
-    parts = [WORDS.say(f"stage_{stage}", say.language) if f"stage_{stage}" in KEYS else stage]
+    stage, unit = (
+        WORDS.say(f"{kind}_{progress[kind]}", say.language) if f"{kind}_{progress[kind]}" in KEYS else progress[kind]
+        for kind in ("stage", "unit")
+    )
+    parts = [stage]
     bytes_ = unit == "B"
     if progress["total"]:
         done, total = (size(progress[key]) if bytes_ else f"{progress[key]:,.0f}" for key in ("done", "total"))

@@ -129,14 +129,17 @@ def build_widgets(i18n: gr.I18n) -> Widgets:
     """
     with gr.Column(elem_id="models-page"):
         with gr.Row(elem_id="cards"):
-            with gr.Column(scale=5, min_width=270, elem_classes="card", elem_id="get"):
+            with gr.Column(elem_classes="card", elem_id="get"):
                 get = _get(i18n)
-            with gr.Column(scale=8, min_width=320, elem_classes="card", elem_id="shrink"):
+            with gr.Column(elem_classes="card", elem_id="shrink"):
                 shrink = _shrink(i18n)
-            with gr.Column(scale=9, min_width=320, elem_classes="card", elem_id="keep"):
+            with gr.Column(elem_classes="card", elem_id="keep"):
                 keep = _keep(i18n)
-        gr.Markdown(i18n("jobs"), elem_classes="heading")
-        jobs = gr.HTML("", html_template="${rows}", rows="", js_on_load=ACT, elem_id="jobs", apply_default_css=False)
+            with gr.Column(elem_id="work"):
+                gr.Markdown(i18n("jobs"), elem_classes="heading")
+                jobs = gr.HTML(
+                    "", html_template="${rows}", rows="", js_on_load=ACT, elem_id="jobs", apply_default_css=False
+                )
         live = gr.State([])
         timer = gr.Timer(1.0, active=False)
     return Widgets(get, shrink, keep, jobs, live, timer)

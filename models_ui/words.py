@@ -130,6 +130,8 @@ WORDS = Words(
         "stage_checking": ("checking", "校验"),
         "stage_pack": ("shrinking", "压缩"),
         "stage_evaluate": ("measuring", "评测"),
+        "unit_models": ("models", "个模型"),
+        "unit_tensors": ("tensors", "个张量"),
         "left": ("{value} left", "剩余 {value}"),
         "took": ("took {value}", "用时 {value}"),
         "do_stop": ("Stop", "停止"),
