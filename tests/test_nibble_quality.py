@@ -170,6 +170,14 @@ def test_peak_sees_what_was_held_and_given_back() -> None:
     assert before + 120_000_000 < peak.bytes < before + 400_000_000
 
 
+def test_weights_in_a_mapped_file_are_counted(guide_model: Path) -> None:
+    size = (guide_model / "model.safetensors").stat().st_size
+    assert subject.mapped_weights() < size
+    dense = subject.load(guide_model, {"load_in_low_bit": "bf16"}, CPU)
+    subject.speed(dense, [1, 2, 3])
+    assert 0.9 * size < subject.mapped_weights() < 1.1 * size
+
+
 def test_speed_is_a_rate(stories: Path) -> None:
     model = subject.load(stories, {"load_in_low_bit": "sym_int4"}, CPU)
     assert 1 < subject.speed(model, list(range(3, 200))) < 1e5
