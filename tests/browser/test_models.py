@@ -71,6 +71,7 @@ def choose(page: Page, *formats: str) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 def test_a_newcomer_shrinks_the_guide_reads_the_report_and_chats(
     start: Callable[[], str], context: BrowserContext, open_page: Open, watch: Watch
 ) -> None:
