@@ -3,6 +3,7 @@
 # test-full   the long ones too
 # check       lint, formatting, types and the layers between packages
 # fix         what lint and formatting can mend by themselves
+# test-bigdl  the real IPEX-LLM, in the environment that `make bigdl` builds
 # bigdl       .venv-bigdl: BigDL-LLM / IPEX-LLM in an environment of its own (Python 3.11), for `engine: bigdl`
 # bench       speed and memory, printed; nothing is asserted about time
 #
@@ -16,7 +17,7 @@ TORCH  ?=
 BIGDL_PYTHON ?= $(shell command -v python3.11 || command -v python3.10 || echo python3)
 ARGS   ?=
 
-.PHONY: run test test-full check fix bench bigdl browser clean
+.PHONY: run test test-full test-bigdl check fix bench bigdl browser clean
 
 run: $(VENV)/.run
 	$(BIN)/python app.py $(ARGS)
@@ -26,6 +27,9 @@ test: $(VENV)/.dev browser
 
 test-full: $(VENV)/.dev browser
 	$(BIN)/python -m pytest $(ARGS)
+
+test-bigdl: $(VENV)/.dev bigdl
+	$(BIN)/python -m pytest $(ARGS) tests/test_nibble_engines_bigdl.py tests/test_nibble_bigdl_convert.py tests/test_tutorials.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
