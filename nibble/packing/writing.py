@@ -7,7 +7,7 @@ that no more than one tensor and one shard is in memory. Knows nothing of jobs a
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,9 +20,10 @@ import torch
 from nibble import __version__, publish
 from nibble.errors import ModelError
 from nibble.lowbit.blocks import QuantizedTensor, quantize
+from nibble.lowbit.formats import Format
 from nibble.packing.planning import Output, Packing, Plan, dense, plan
 from nibble.shards import SHARD_BYTES, Writer
-from nibble.sources.base import Source, Stored
+from nibble.sources.base import Source
 from nibble.transformers import AutoModelForCausalLM, save_low_bit
 
 
@@ -106,11 +107,19 @@ def _stream(source: Source, plans: Mapping[Path, Plan], report: Progress) -> dic
             report.progress(done, len(names), "tensors", "pack")
             stored = source.tensors[name]
             value = stored.read()
+            plain: dict[torch.dtype, torch.Tensor] = {}
             for folder, made in plans.items():
                 for output in made.outputs.get(name, ()):
-                    for key, tensor in _tensors(output, value, source.name):
-                        writers[folder].add(key, tensor)
-                    kept[folder] += _same(output, stored)
+                    if isinstance(output.form, torch.dtype):
+                        # The same tensor for all folders: an embedding is often the largest thing in memory.
+                        if output.form not in plain:
+                            plain[output.form] = dense(value).to(output.form)
+                        writers[folder].add(output.name, plain[output.form])
+                        continue
+                    packed = _packed(output, output.form, value, source.name)
+                    writers[folder].add(output.name, packed.codes)
+                    writers[folder].add(f"{output.name}_scale", packed.scales)
+                    kept[folder] += output.form.name == stored.low_bit
         for folder, made in plans.items():
             writers[folder].finish()
             _write_config(made, source, fresh[folder])
@@ -118,23 +127,13 @@ def _stream(source: Source, plans: Mapping[Path, Plan], report: Progress) -> dic
     return {folder: Packed(folder, made.config.low_bit, made.nbytes, kept[folder]) for folder, made in plans.items()}
 
 
-def _same(output: Output, stored: Stored) -> bool:
-    return not isinstance(output.form, torch.dtype) and output.form.name == stored.low_bit
-
-
-def _tensors(output: Output, value: torch.Tensor | QuantizedTensor, source: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a file that one weight becomes."""
-    if isinstance(output.form, torch.dtype):
-        # A copy: the source's tensors lie in a mapped file, which may go before the shard is written.
-        yield output.name, dense(value).to(output.form, copy=True)
-        return
-    if not (isinstance(value, QuantizedTensor) and value.format == output.form):
-        try:
-            value = quantize(dense(value), output.form.name)
-        except ModelError as error:
-            raise ModelError(f"{output.name} of {source} cannot be packed. {error.message}", error.hint) from None
-    yield output.name, value.codes
-    yield f"{output.name}_scale", value.scales
+def _packed(output: Output, form: Format, value: torch.Tensor | QuantizedTensor, source: str) -> QuantizedTensor:
+    if isinstance(value, QuantizedTensor) and value.format == form:
+        return value
+    try:
+        return quantize(dense(value), form.name)
+    except ModelError as error:
+        raise ModelError(f"{output.name} of {source} cannot be packed. {error.message}", error.hint) from None
 
 
 def _facts(source: Source, made: Plan) -> dict[str, Any]:
