@@ -27,7 +27,7 @@ from nibble.library import DiskUse, ModelCard
 from nibble.lowbit.formats import resolve
 from nibble.probe import Machine
 from nibble.quality.kept import kept, merge
-from nibble.tasks.download import request_from
+from nibble.tasks.download import refuse_trust, request_from
 from nibble.wishes import Download, Evaluate, Quantize, text
 
 MOST_JOBS = 200
@@ -227,7 +227,12 @@ class Operator:
         Raises:
             NibbleError: a name, a format or a limit that cannot be; or the same is under way already.
         """
-        return self._start("quantize", self._source(wish.model) | wish.spec())
+        spec = self._source(wish.model) | wish.spec()
+        name, out = text(wish.model), spec.get("out", "")
+        source = request_from({"repo": name}, self._settings).target if "/" in name else name
+        made = [out, *(f"{out or source}-{low_bit}" for low_bit in spec["low_bit"])]
+        refuse_trust(made, source, self._settings.trust_remote_code)
+        return self._start("quantize", spec)
 
     def evaluate(self, wish: Evaluate) -> dict[str, Any]:
         """Measure what a model loses in low bit.

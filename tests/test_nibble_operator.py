@@ -93,6 +93,16 @@ def test_whatever_a_script_sends_is_a_spec_or_a_sentence(values: list) -> None:
             assert str(error)
 
 
+@pytest.mark.parametrize(
+    "wish", [Download("evil/x", name="t"), Quantize("guide", ["nf4"], "t"), Quantize("evil/x", ["nf4"], "t")], ids=str
+)
+def test_a_name_whose_code_may_run_is_never_a_visitors_to_give(home: Path, wish: Download | Quantize) -> None:
+    operator = Operator(ScriptedHost(), Settings(home=str(home), trust_remote_code=("t",)))
+    with pytest.raises(NibbleError, match="stands in trust_remote_code"):
+        operator.download(wish) if isinstance(wish, Download) else operator.quantize(wish)
+    assert jobs.list_jobs(home) == []
+
+
 def test_a_wish_becomes_what_the_task_reads() -> None:
     wish = Quantize("guide", "nf4, NF4 ,sym_int8", "mine", "lm_head", {"layers.0": "sym_int8"}, False, 4e9, 0.05)
     assert wish.spec() == {

@@ -45,6 +45,24 @@ def test_settings_say_the_hubs_and_whose_code_may_run() -> None:
 
 
 @pytest.mark.parametrize(
+    ("repo", "name"), [("evil/x", "t"), ("evil/x", "org__tiny"), ("org__a/b", ""), ("org/x", "org__tiny")]
+)
+def test_a_trusted_name_is_for_its_own_repository_alone(hubs: Hubs, home: Path, repo: str, name: str) -> None:
+    settings = Settings(trust_remote_code=("t", "org__tiny", "org__a__b"))
+    with pytest.raises(NibbleError, match="stands in trust_remote_code"):
+        request_from({"repo": repo, "name": name}, settings)
+    assert request_from({"repo": "org/tiny", "name": name and "org__tiny"}, settings).code
+    assert request_from({"repo": "org/a__b"}, settings).code
+    assert not request_from({"repo": "evil/x"}, settings).code
+    config = home / "mine.yaml"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text("trust_remote_code: [t, org__tiny, org__a__b]\n")
+    with pytest.raises(NibbleError, match="stands in trust_remote_code"):
+        run({"repo": repo, "name": name, "config": str(config)}, Told())
+    assert not hubs.lines
+
+
+@pytest.mark.parametrize(
     ("address", "repo", "hub", "revision"),
     [
         ("https://huggingface.co/Qwen/Qwen2-1.5B", "Qwen/Qwen2-1.5B", "huggingface", ""),

@@ -55,6 +55,18 @@ def test_a_format_is_a_folder_that_can_be_loaded(tiny: str, home: Path) -> None:
     assert AutoModelForCausalLM.load_low_bit(model["folder"]).config.quantization_config.low_bit == "sym_int4"
 
 
+def test_a_name_whose_code_may_run_is_not_given_to_another_model(tiny: str, home: Path) -> None:
+    config = home / "config.yaml"
+    config.write_text("trust_remote_code: [t, tiny-nf4, t-fp4]\n")
+    for low_bit, out in ((["nf4"], "t"), (["nf4"], ""), (["fp4", "nf4"], "t")):
+        with pytest.raises(NibbleError, match="stands in trust_remote_code"):
+            quantize(tiny, home, low_bit=low_bit, out=out, config=str(config))
+    assert names(home) == {"tiny"}
+    config.write_text("trust_remote_code: [tiny, t]\n")
+    quantize(tiny, home, low_bit=["nf4"], out="t", config=str(config))
+    assert names(home) == {"tiny", "t"}
+
+
 def test_names(tiny: str, home: Path) -> None:
     quantize(tiny, home, low_bit=["nf4"], out="mine")
     quantize(tiny, home, low_bit=["nf4", "fp8", "nf4"], out="mine")

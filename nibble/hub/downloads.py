@@ -50,7 +50,8 @@ class Request:
     file: str = ""
     """One GGUF file, instead of the model's Hugging Face form."""
     trusted: tuple[str, ...] = field(default=(), kw_only=True)
-    """Names of models whose own Python code may run, as config.yaml says: it is then fetched too."""
+    """Names of models whose own Python code may run, as config.yaml says: it is then fetched too. Such a name is for
+    the repository that it is the default name of, and no other may take it."""
 
     def __post_init__(self) -> None:
         if not REPO.fullmatch(self.repo) or ".." in self.repo:
@@ -64,11 +65,22 @@ class Request:
                 f"{self.target!r} cannot be the name of a model.",
                 "Use letters, digits, dots, dashes and underscores, up to 128, not a dot first, and not `guide`.",
             )
+        # Else whoever asks for a download could bring any repository's code under a name that is trusted.
+        if self.target in self.trusted and self.target.replace("__", "/", 1) != self.repo:
+            raise DownloadError(
+                f"{self.target!r} stands in trust_remote_code, and {self.repo} is another model.",
+                "Choose another name, or leave it out.",
+            )
 
     @property
     def target(self) -> str:
         """The name under home/models."""
         return self.name or default_name(self.repo, self.file)
+
+    @property
+    def code(self) -> bool:
+        """Whether the model's own Python code may run."""
+        return self.target in self.trusted
 
 
 @dataclass(frozen=True)
@@ -173,7 +185,7 @@ def _ask(hub: Hub, request: Request, question: Callable[[], Result], kept: str =
 
 def _plan(hub: Hub, request: Request, home: Path) -> Plan:
     found = _ask(hub, request, lambda: hub.look(request.repo, request.revision))
-    listing = choose(found, request.file, code=request.target in request.trusted)
+    listing = choose(found, request.file, code=request.code)
     unsized = next((file.path for file in listing.files if file.size < 0), "")
     if unsized:
         raise HubUnavailable(f"{hub.label} does not tell the size of {unsized}.", "Try again later, or another hub.")
@@ -217,11 +229,10 @@ def _bring(hub: Hub, request: Request, home: Path, report: Progress, part: Part)
 
 def _check(part: Part, request: Request, *, weights: bool = True) -> None:
     """Refuse what cannot or must not be used, by the name that the model will have."""
-    trusted = request.target in request.trusted
     if request.file and not weights:
         return  # a GGUF file comes alone
     try:
-        screen.check(part.folder, trust_remote_code=trusted, weights=weights)
+        screen.check(part.folder, trust_remote_code=request.code, weights=weights)
     except SourceError:
         return  # it can be converted
     except ModelError as error:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from nibble.config import HUBS, Settings, check_keys, load_settings
+from nibble.errors import ModelError
 from nibble.hub import DownloadError, Progress, Request, download
 
 KEYS = ["repo", "hub", "hubs", "revision", "name", "file", "home", "config", "resume"]
@@ -61,6 +62,25 @@ def run(spec: Mapping[str, Any], report: Progress) -> dict[str, Any]:
     folder = download(request, report, settings.home_folder)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return {"name": request.target, "folder": str(folder), "bytes": size}
+
+
+def refuse_trust(names: Iterable[str], source: str, trusted: Iterable[str]) -> None:
+    """Refuse to make a model of a name whose own code may run, unless that may be said of its source too.
+
+    Args:
+        names: of what is to be made.
+        source: name of the model that it is made from.
+        trusted: as config.yaml says.
+
+    Raises:
+        ModelError: one of the names is trusted.
+    """
+    taken = [] if source in trusted else [name for name in names if name in trusted]
+    if taken:
+        raise ModelError(
+            f"{taken[0]!r} stands in trust_remote_code, and {source} does not.",
+            "Choose another name for the new model.",
+        )
 
 
 def request_from(spec: Mapping[str, Any], settings: Settings) -> Request:

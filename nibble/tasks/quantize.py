@@ -206,7 +206,7 @@ def _pack(order: Order, origin: Path, settings: Settings, report: Report) -> lis
     source = open_source(origin, trusted=name in settings.trust_remote_code)
     packings = [Packing(low_bit, order.skip, order.overrides) for low_bit in order.low_bit or ("",)]
     formats = order.low_bit or (plan(source, packings[0]).config.low_bit,)
-    folders = _folders(order, name, formats, settings.home_folder, origin)
+    folders = _folders(order, name, formats, settings, origin)
     written = pack(source, dict(zip(folders, packings, strict=True)), report)
     if source.kind != "safetensors" and not all(packed.kept for packed in written):
         report.note(
@@ -223,15 +223,16 @@ def _told(folder: Path, name: str, size: int, before: int, kept: int) -> dict[st
     }  # fmt: skip
 
 
-def _folders(order: Order, name: str, formats: tuple[str, ...], home: Path, origin: Path) -> list[Path]:
+def _folders(order: Order, name: str, formats: tuple[str, ...], settings: Settings, origin: Path) -> list[Path]:
     """Where each format goes.
 
     Raises:
-        ModelError: onto the model itself.
+        ModelError: onto the model itself, or onto a name whose own code may run.
     """
     stem = order.out or name
     names = [stem] if order.out and len(formats) == 1 else [f"{stem}-{fmt}" for fmt in formats]
-    folders = [home / "models" / each for each in names]
+    download.refuse_trust(names, name, settings.trust_remote_code)
+    folders = [settings.home_folder / "models" / each for each in names]
     if origin in folders:
         raise ModelError(
             f"{origin.name} would be replaced by its own low-bit form.", "Choose another name: --out NAME."
@@ -248,7 +249,7 @@ def _convert(order: Order, origin: Path, settings: Settings, report: Report) -> 
             f"{origin.name} was packed as {saved} by BigDL-LLM or IPEX-LLM, and packing it again would lose twice.",
             "Convert it as it is, without a format; or quantize the full-precision model that it was made from.",
         )
-    [folder] = _folders(order, origin.name, (name,), settings.home_folder, origin)
+    [folder] = _folders(order, origin.name, (name,), settings, origin)
     result = convert(origin, folder, lambda done, total: report.progress(done, total, "B", "pack"))
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     before = sum(file.stat().st_size for file in origin.glob("*.bin"))
