@@ -136,7 +136,8 @@ class Operator:
         self._folder(name)
         own = self._kept(name)
         base = (own.get("reference") or {}).get("name") or name
-        kin = [self._kept(card.name) for card in self._models() if card.name != name]
+        # A folder's own word is heard of itself alone: it may have come from anywhere.
+        kin = [self._kept(card.name, brought=False) for card in self._models() if card.name != name]
         kin = sorted((r for r in kin if (r.get("reference") or {}).get("name") == base), key=lambda r: r["measured"])
         whole = own or (kin.pop() if kin else {})
         for report in kin:
@@ -145,8 +146,8 @@ class Operator:
         rows = {(row["format"], str(row.get("overrides") or "")): row for row in whole.get("formats", ())}
         return whole | {"formats": list(rows.values())} if whole else {}
 
-    def _kept(self, name: str) -> dict[str, Any]:
-        return kept(name, self.home) or {} if library.NAME.fullmatch(name) else {}
+    def _kept(self, name: str, *, brought: bool = True) -> dict[str, Any]:
+        return kept(name, self.home, brought=brought) or {} if library.NAME.fullmatch(name) else {}
 
     def _folder(self, name: object) -> Path:
         """The folder of a model that is here."""

@@ -1,6 +1,8 @@
 """What an operator may wish for and do; names only, whatever a script sends."""
 
 import asyncio
+import json
+import shutil
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from nibble import jobs
 from nibble.config import Settings
 from nibble.errors import JobError, NibbleError
 from nibble.operator import Operator
+from nibble.quality.kept import keep
 from nibble.wishes import Download, Evaluate, Quantize
 from tests.scripted import ScriptedHost
 from tests.support.hubs import Fault, Hubs
@@ -126,6 +129,34 @@ def test_the_folder_that_the_server_was_started_with_is_one_of_the_models(home: 
     operator = Operator(ScriptedHost(), Settings(home=str(home), model=str(stories)))
     assert operator.names() == [stories.name, "guide"]
     assert [card["name"] for card in operator.cards()] == [stories.name, "guide"]
+
+
+def put_model(stories: Path, home: Path, name: str, report: dict | None = None) -> None:
+    """A model in home/models; with what its own nibble.json says of its quality."""
+    shutil.copytree(stories, home / "models" / name)
+    (home / "models" / name / "nibble.json").write_text(json.dumps({"quality": report} if report else {}))
+
+
+def report_of(name: str, reference: str, *rows: dict) -> dict:
+    return {
+        "model": name, "device": "cpu", "text": {"name": "t", "tokens": 9, "sha256": "a"}, "measured": 1.0,
+        "reference": {"name": reference, "format": "bf16"},
+        "formats": [{"format": "nf4", "name": name, "kl_mean": 0.1} | row for row in rows],
+    }  # fmt: skip
+
+
+def test_what_a_folder_says_of_its_quality_is_shown_for_itself_alone(
+    home: Path, stories: Path, guide_model: Path
+) -> None:
+    operator = Operator(ScriptedHost(), Settings(home=str(home)))
+    put_model(stories, home, "came", report_of("came", "guide", {"kl_mean": 0.0001}))
+    put_model(stories, home, "broken", {"formats": [1]})
+    put_model(stories, home, "made", report_of("made", "guide", {}))
+    keep("made", home, report_of("made", "guide", {}))
+    assert {"came", "broken", "made"} <= {card["name"] for card in operator.shelf()}
+    assert operator.report("came")["formats"][0]["name"] == "came"
+    assert [row["name"] for row in operator.report("guide")["formats"]] == ["made"]
+    assert operator.report("broken") == {}
 
 
 def test_neither_the_guide_nor_what_is_loaded_is_deleted(operator: Operator, guide_model: Path) -> None:

@@ -213,6 +213,37 @@ def test_a_report_that_cannot_be_read_is_none(home: Path) -> None:
         kept("../m", home)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"formats": [1]}, {"formats": [{}]}, {"formats": [{"format": "nf4"}]}, {"device": "\ud800"}, {"formats": {}},
+        {"text": None},
+        {"text": {"name": "t", "tokens": "9"}}, {"device": None}, {"measured": None}, {"measured": float("nan")},
+        {"reference": []}, {"reference": {"name": 3, "format": "bf16"}}, {"formats": [{}] * 10_000},
+        *({"formats": [{"format": "nf4", "name": "m", **row}]} for row in (
+            {"kl_mean": float("nan")}, {"kl_mean": "0.1"}, {"kl_mean": True}, {"kl_mean": 10**400}, {"size_bytes": -1},
+            {"top1": float("inf")}, {"overrides": [1]}, {"overrides": {"a": 1}}, {"layers": [1]}, {"layers": 3},
+            {"layers": [{"name": "a", "error": "x"}]}, {"perplexity": {}},
+        )),
+    ],
+    ids=lambda value: str(value)[:60],
+)  # fmt: skip
+def test_a_report_with_a_field_that_cannot_be_is_none(home: Path, wrong: dict[str, Any]) -> None:
+    """Where it came with a download, and where it lies in home/reports."""
+    folder, reports = home / "models" / "m", home / "reports"
+    folder.mkdir(parents=True)
+    reports.mkdir()
+    report = report_of("nf4")
+    for said, found in ((report, report), (report | wrong, None), ([], None)):
+        (folder / "nibble.json").write_text(json.dumps({"quality": said}), encoding="utf-8")
+        assert kept("m", home) == found
+        assert kept("m", home, brought=False) is None
+        (folder / "nibble.json").unlink()
+        (reports / "m.json").write_text(json.dumps(said), encoding="utf-8")
+        assert kept("m", home) == found
+        (reports / "m.json").unlink()
+
+
 def test_reports_kept_at_once_are_all_there(home: Path) -> None:
     names = [name for name, row in FORMATS.items() if row.quantized]
     threads = [threading.Thread(target=keep, args=("m", home, report_of(name))) for name in names]

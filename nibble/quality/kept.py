@@ -1,6 +1,7 @@
 """What was measured, kept: in home/reports/NAME.json, and in the nibble.json of a packed folder.
 
-Promises that a reader finds a whole report or none, and that figures of other formats stay. Imports no torch.
+Promises that a reader finds a whole report or none, every field of its type, and that figures of other formats stay.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,20 +18,78 @@ from nibble.errors import ModelError
 from nibble.library import NAME, find
 from nibble.publish import MANIFEST, alone, read_manifest
 
+NUMBERS = (
+    "perplexity", "kl_mean", "kl_p95", "top1", "size_bytes", "load_s", "peak_bytes", "steady_bytes", "tokens_per_s",
+    "bits_per_weight",
+)  # fmt: skip
+"""What a row may say in numbers; each may be missing or null."""
 
-def kept(name: str, home: Path) -> dict[str, Any] | None:
+MOST_ROWS = 200
+"""Rows of a report, and layers of a row: a file that holds more is none of ours."""
+
+
+def kept(name: str, home: Path, *, brought: bool = True) -> dict[str, Any] | None:
     """The report of a model, as `measure` returns it; None where none is kept or it cannot be read.
 
     Args:
         name: as the library knows it.
         home: Nibble's home folder.
+        brought: whether what the model's own folder says will do, which may have come from anywhere.
     """
     report = _read(_file(name, home))
-    if report is None:
+    if report is None and brought:
         with contextlib.suppress(ModelError):
-            quality = read_manifest(find(name, home)).get("quality")
-            report = quality if isinstance(quality, dict) and "formats" in quality else None
+            report = checked(read_manifest(find(name, home)).get("quality"))
     return report
+
+
+def checked(value: object) -> dict[str, Any] | None:
+    """A report whose fields have the types and ranges that `measure` gives them; None where any has not."""
+    if not isinstance(value, dict):
+        return None
+    text, rows, reference = value.get("text"), value.get("formats"), value.get("reference")
+    whole = (
+        isinstance(text, dict)
+        and _is_text(text.get("name"))
+        and _is_number(text.get("tokens"))
+        and _is_text(value.get("device"))
+        and _is_number(value.get("measured"))
+        and _is_text(value.get("model", ""))
+        and isinstance(rows, list)
+        and len(rows) <= MOST_ROWS
+        and all(map(_is_row, rows))
+        and (reference is None or _is_row(reference))
+    )
+    return value if whole else None
+
+
+def _is_row(row: object) -> bool:
+    if not isinstance(row, dict) or not all(_is_text(row.get(key)) for key in ("format", "name")):
+        return False
+    overrides, layers = row.get("overrides") or {}, row.get("layers") or []
+    return (
+        all(row.get(key) is None or _is_number(row[key]) for key in NUMBERS)
+        and isinstance(overrides, dict)
+        and all(_is_text(part) for rule in overrides.items() for part in rule)
+        and isinstance(layers, list)
+        and len(layers) <= MOST_ROWS
+        and all(
+            isinstance(layer, dict) and _is_text(layer.get("name")) and _is_number(layer.get("error"))
+            for layer in layers
+        )
+    )
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a short text that a page can be sent: JSON may hold halves of characters, which UTF-8 cannot."""
+    return (
+        isinstance(value, str) and len(value) <= 1_000 and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    )
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a finite number that is not negative: NaN and infinity are in no range."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e300
 
 
 def keep(name: str, home: Path, report: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any]:
@@ -96,10 +155,9 @@ def _file(name: str, home: Path) -> Path:
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        return checked(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) and isinstance(value.get("formats"), list) else None
 
 
 def _write(file: Path, value: Mapping[str, Any]) -> None:
