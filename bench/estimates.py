@@ -129,6 +129,8 @@ def compare(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]
     from nibble.probe import ensure
 
     machine = ensure(arguments.home)
+    if arguments.work:
+        arguments.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.work) as temporary:
         folder = Path(temporary) / name
         write(folder, MODELS[name], arguments.tokenizers)

@@ -24,7 +24,7 @@ from nibble.engines.base import Chunk, EngineInfo, FinishReason, Sampling
 from nibble.engines.generation import Generator, Listener
 from nibble.engines.sampling import plan
 from nibble.engines.text import Decoder, DecoderFactory
-from nibble.engines.threaded import ThreadedEngine, Ticket
+from nibble.engines.threaded import ThreadedEngine, Ticket, apart
 from nibble.errors import DeviceError, ModelError, NibbleError
 from nibble.library import GUIDE, GUIDE_FOLDER, inspect
 from nibble.lowbit.formats import FORMATS, resolve
@@ -127,6 +127,7 @@ class LocalEngine(ThreadedEngine):
         self._info = info
 
     @classmethod
+    @apart
     def load(
         cls, folder: Path | str, low_bit: str = "sym_int4", device: str = "auto", *,
         name: str = "", dtype: str = "", trust_remote_code: bool = False,

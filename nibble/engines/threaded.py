@@ -13,7 +13,10 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 from nibble.engines.base import Chunk, EngineInfo, Message, Sampling
 from nibble.engines.queue import FairQueue
@@ -30,6 +33,26 @@ STALL_S = 60.0
 
 Sink = Callable[[Chunk | NibbleError], None]
 """Takes a request's chunks, in order, from any thread; neither blocks nor raises. An error is its last."""
+
+
+P = ParamSpec("P")
+Loaded = TypeVar("Loaded")
+
+
+def apart(load: Callable[P, Loaded]) -> Callable[P, Loaded]:
+    """A loader that does its work in a thread which ends with it.
+
+    Each thread that computes gets helpers of its own from the OpenMP library, as many as there are cores. While those
+    of the loading thread live on beside those of the answering thread there are more helpers than cores; libgomp then
+    lets them sleep between two operations instead of spin, and waking them costs an answer a third of its speed.
+    """
+
+    @wraps(load)
+    def inner(*args: P.args, **kwargs: P.kwargs) -> Loaded:
+        with ThreadPoolExecutor(1, thread_name_prefix="loading") as thread:
+            return thread.submit(load, *args, **kwargs).result()
+
+    return inner
 
 
 class Stalled(EngineDied):
