@@ -7,6 +7,7 @@ answer at once with the job that they have started. Knows nothing of the page.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ import gradio as gr
 
 from models_ui.words import WORDS
 from nibble.border import bordered
+from nibble.errors import DeviceError
 from nibble.operator import Operator
 from nibble.wishes import Download, Evaluate, Quantize
 from nibble.words import language_of
@@ -62,10 +64,14 @@ def _build_library(operator: Operator) -> None:
         return {"name": name, "bytes": await asyncio.to_thread(operator.delete, name)}
 
     async def estimates(name: str) -> list[Plain]:
-        """What a model would take in each format: disk, memory, speed, whether it fits. Measures the machine first."""
+        """What a model would take in each format: disk, memory, speed, whether it fits.
+
+        Measures the machine first; where that fails, no speed is told.
+        """
         rows = await asyncio.to_thread(operator.estimates, name)
         if not await asyncio.to_thread(lambda: operator.measured):
-            await operator.measure()
+            with contextlib.suppress(DeviceError):
+                await operator.measure()
             rows = await asyncio.to_thread(operator.estimates, name)
         return rows
 
@@ -109,7 +115,7 @@ def _build_work(operator: Operator) -> None:
 
 def _build_jobs(operator: Operator) -> None:
     async def jobs(limit: int = 20) -> list[Plain]:
-        """The jobs, newest first: id, state, cause, progress, result."""
+        """The jobs, those that live first, then the newest: id, state, cause, progress, result."""
         return await asyncio.to_thread(operator.jobs, limit)
 
     async def job_log(job_id: str) -> str:

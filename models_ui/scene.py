@@ -108,7 +108,7 @@ class Scene:
             estimates = self.operator.estimates(source)
         except NibbleError:  # a form whose headers tell too little
             estimates = []
-        note = "" if self.operator.measured else "measuring"
+        note = "" if self.operator.measured or self.operator.unmeasurable else "measuring"
         stored = model["kind"] == "source"
         return view.formats(estimates, self.operator.report(source), say, source=stored, note=note)
 

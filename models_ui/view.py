@@ -73,7 +73,8 @@ def formats(estimates: Sequence[Plain], report: Plain, say: Say, *, source: bool
         note: the key of a sentence under the table.
     """
     known = {row["format"]: row for row in estimates}
-    lost = {row["format"]: row for row in report.get("formats", ())}
+    # A model of mixed bits says nothing of the format alone.
+    lost = {row["format"]: row for row in report.get("formats", ()) if not row.get("overrides")}
     names = [name for name, row in FORMATS.items() if row.quantized]
     rows = [_stored(say)] if source else []
     rows += [_format(name, known.get(name, {}), lost.get(name, {}), say) for name in names]

@@ -94,24 +94,35 @@ class Operator:
             estimate = asdict(estimates(self._folder(card["name"]), machine, formats=wanted)[0])
         except NibbleError:  # the headers of a form that few use may tell too little
             estimate = None
-        lost = (row for row in self._kept(card["name"]).get("formats", ()) if row["format"] == card["format"])
+        lost = (
+            row
+            for row in self._kept(card["name"]).get("formats", ())
+            # A row of mixed bits tells of its own model alone.
+            if row["format"] == card["format"] and (row["name"] == card["name"] or not row.get("overrides"))
+        )
         return card | {"estimate": estimate, "quality": next(lost, None)}
 
     @property
     def measured(self) -> bool:
-        """Whether this machine's speed, on which the estimates rest, is known, or cannot be."""
+        """Whether this machine's speed, on which the estimates rest, is known."""
+        return probe.known(self.home) is not None
+
+    @property
+    def unmeasurable(self) -> bool:
+        """Whether the last try to measure this machine failed."""
         tried = self._measuring
-        return (tried is not None and tried.done()) or probe.known(self.home) is not None
+        return tried is not None and tried.done() and tried.exception() is not None
 
     async def measure(self) -> None:
         """Measure this machine, where that has not been done; takes some seconds then.
 
         Raises:
-            DeviceError: it could not be measured.
+            DeviceError: it could not be measured. Asked again, it is tried again.
         """
-        if self._measuring is None:
-            self._measuring = _aside(lambda: probe.ensure(self.home))
-        await asyncio.shield(asyncio.wrap_future(self._measuring))
+        tried = self._measuring
+        if tried is None or tried.done():
+            tried = self._measuring = _aside(lambda: probe.ensure(self.home))
+        await asyncio.shield(asyncio.wrap_future(tried))
 
     def _machine(self) -> Machine:
         """This machine as far as it is known."""
@@ -243,8 +254,7 @@ class Operator:
         """
         spec = self._local(wish.model) | wish.spec()
         if wish.against:
-            self._folder(wish.against)
-            spec["against"] = text(wish.against)
+            spec |= self._local(wish.against, "against")
         return self._start("evaluate", spec)
 
     def _start(self, task: str, spec: Mapping[str, Any], *, alone: bool = True) -> dict[str, Any]:
@@ -265,19 +275,22 @@ class Operator:
         request_from({"repo": name}, self._settings)
         return {"model": name}
 
-    def _local(self, model: object) -> dict[str, Any]:
+    def _local(self, model: object, key: str = "model") -> dict[str, Any]:
         """The same, of a model that is here."""
         folder = self._folder(model)
-        own = {"model": str(folder.resolve()), "paths": True}
-        return own if folder == self._own() else {"model": text(model)}
+        own = {key: str(folder.resolve()), "paths": True}
+        return own if folder == self._own() else {key: text(model)}
 
     # The jobs.
 
     def jobs(self, limit: int = 20) -> list[dict[str, Any]]:
-        """The jobs, newest first, and how it stands with them."""
+        """The jobs that work, those that wait, then those that have ended, the newest of each first."""
         if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= MOST_JOBS:
             raise ModelError(f"limit is {limit!r}.", f"It must be a whole number from 1 to {MOST_JOBS}.")
-        return [job.as_dict() for job in jobs.list_jobs(self.home, limit=limit)]
+        live = sorted(jobs.live_jobs(self.home), key=lambda job: job.state == "waiting")
+        # One may have ended between the two looks.
+        found = {job.id: job for job in (*live, *jobs.list_jobs(self.home, limit=limit))}
+        return [job.as_dict() for job in list(found.values())[:limit]]
 
     def job(self, job_id: str) -> Job:
         """One job.

@@ -164,6 +164,8 @@ def test_the_formats_are_marked_by_what_fits() -> None:
     shown = view.formats(rows, REPORT, SAY)
     assert shown.count("<input type='checkbox'") == sum(row.quantized for row in FORMATS.values())
     assert shown.count("<tr class='fits'>") == 1 and shown.count("<tr class='too_large'>") == 1
+    mixed = REPORT | {"formats": [ROW | {"overrides": {"lm_head": "sym_int8"}}]}
+    assert "0.0123" in shown and "0.0123" not in view.formats(rows, mixed, SAY)
     assert "0.00040" in shown and "as it is stored" in view.formats(rows, {}, SAY, source=True)
 
 

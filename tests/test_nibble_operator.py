@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nibble import jobs
+from nibble import jobs, library, probe
 from nibble.config import Settings
-from nibble.errors import JobError, NibbleError
+from nibble.errors import DeviceError, JobError, NibbleError
+from nibble.jobs.control import make_folder
+from nibble.jobs.folder import new_run
 from nibble.operator import Operator
 from nibble.quality.kept import keep
 from nibble.wishes import Download, Evaluate, Quantize
@@ -172,6 +174,63 @@ def test_a_number_of_jobs_that_cannot_be_is_refused(operator: Operator, limit: o
         operator.jobs(limit)
     with pytest.raises(NibbleError):
         operator.job("../runs")
+
+
+def test_a_job_that_lives_is_listed_however_many_have_ended_since(home: Path) -> None:
+    operator = Operator(ScriptedHost(), Settings(home=str(home)))
+    first = "20200101-000000-download-0000"
+    folder, lock = make_folder(new_run("download", {"repo": "org/first"}, None), home)
+    folder.rename(folder.with_name(first))
+    with lock:
+        for number in range(3):
+            with make_folder(new_run("download", {"repo": f"org/{number}"}, None), home)[1]:
+                pass  # its process is gone
+        assert [job["id"] == first for job in operator.jobs(2)] == [True, False]
+        assert len(operator.jobs(4)) == 4
+    assert first not in [job["id"] for job in operator.jobs(2)]
+
+
+def test_mixed_bits_are_shown_as_the_loss_of_their_own_model_alone(
+    home: Path, stories: Path, guide_model: Path
+) -> None:
+    operator = Operator(ScriptedHost(), Settings(home=str(home)))
+    put_model(stories, home, "mine")
+    for name, shown in (("mine", 0.1), ("other", None)):
+        row = {"format": "fp32", "name": name, "overrides": {"lm_head": "sym_int8"}}
+        keep("mine", home, report_of("mine", "guide", row))
+        (card,) = (card for card in operator.shelf() if card["name"] == "mine")
+        assert card["format"] == "fp32"
+        assert (card["quality"] or {}).get("kl_mean") == shown
+        (home / "reports" / "mine.json").unlink()
+
+
+def test_a_measurement_that_failed_is_tried_again(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[Path] = []
+
+    def ensure(home: Path) -> probe.Machine:
+        tries.append(home)
+        if len(tries) == 1:
+            raise DeviceError("It is busy.")
+        return probe.unmeasured()
+
+    monkeypatch.setattr(probe, "ensure", ensure)
+    with pytest.raises(DeviceError):
+        asyncio.run(operator.measure())
+    assert operator.unmeasurable and not operator.measured
+    asyncio.run(operator.measure())
+    assert not operator.unmeasurable and len(tries) == 2
+
+
+def test_the_servers_own_folder_will_do_to_compare_with(
+    home: Path, stories: Path, guide_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operator = Operator(ScriptedHost(), Settings(home=str(home), model=str(stories)))
+    started: list[dict] = []
+    monkeypatch.setattr(operator, "_start", lambda task, spec: started.append(spec))
+    operator.evaluate(Evaluate("guide", against=stories.name))
+    (spec,) = started
+    assert (spec["model"], spec["against"], spec["paths"]) == ("guide", str(stories.resolve()), True)
+    assert library.find(spec["against"], home, paths=True) == stories.resolve()
 
 
 def test_a_model_arrives_and_the_same_again_is_refused_meanwhile(home: Path, hubs: Hubs) -> None:

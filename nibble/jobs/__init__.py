@@ -6,12 +6,13 @@
 `run_foreground` does the same work in this very process. Imports no torch; knows no task by name.
 """
 
-from nibble.jobs.control import find, list_jobs, resume, start, stop
+from nibble.jobs.control import find, list_jobs, live_jobs, resume, start, stop
 from nibble.jobs.folder import FINAL, LIVE, State
 from nibble.jobs.foreground import run_foreground
 from nibble.jobs.job import Job
 from nibble.jobs.progress import Progress
 
 __all__ = [
-    "FINAL", "LIVE", "Job", "Progress", "State", "find", "list_jobs", "resume", "run_foreground", "start", "stop",
+    "FINAL", "LIVE", "Job", "Progress", "State", "find", "list_jobs", "live_jobs", "resume", "run_foreground", "start",
+    "stop",
 ]  # fmt: skip
