@@ -109,7 +109,7 @@ class LowBitLinear(nn.Linear):
 
     def hold(self, fast: Int4Weight) -> None:
         """Take a kernel's form of this layer's weight in the place of the present one."""
-        self._fast, self._asked = fast, torch.bfloat16
+        self._fast = fast
         self.weight = nn.Parameter(fast.codes, requires_grad=False)
 
     def _restore(self) -> None:
