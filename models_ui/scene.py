@@ -6,6 +6,7 @@ Promises that what blocks is done in a thread. Knows nothing of what is pressed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import gradio as gr
@@ -94,7 +95,14 @@ class Scene:
         facts = view.facts(model, say)
         if model["problem"] or model["kind"] != "model":
             return facts
-        return facts + report(self.operator.report(model["name"]), model["name"], say)
+        return facts + report(self._report(model["name"]), model["name"], say)
+
+    def _report(self, name: str) -> dict[str, Any]:
+        """What is known of a model's quality; empty too where the model is gone since the page looked."""
+        try:
+            return self.operator.report(name)
+        except NibbleError:
+            return {}
 
     def _disk(self, say: Say) -> str:
         use = self.operator.disk_use()
@@ -110,7 +118,7 @@ class Scene:
             estimates = []
         note = "" if self.operator.measured or self.operator.unmeasurable else "measuring"
         stored = model["kind"] == "source"
-        return view.formats(estimates, self.operator.report(source), say, source=stored, note=note)
+        return view.formats(estimates, self._report(source), say, source=stored, note=note)
 
     async def work(self, say: Say, unfolded: str) -> Changes:
         """The jobs, and whether there is something to look at."""
@@ -120,7 +128,8 @@ class Scene:
         jobs = self.operator.jobs(SHOWN_JOBS)
         log = ""
         if unfolded in [job["id"] for job in jobs]:
-            log = "\n".join(self.operator.job(unfolded).log().splitlines()[-LOG_LINES:])
+            with contextlib.suppress(NibbleError):  # its folder may be gone since
+                log = "\n".join(self.operator.job(unfolded).log().splitlines()[-LOG_LINES:])
         live = [job["id"] for job in jobs if job["state"] in LIVE]
         shown = gr.update(rows=joblist(jobs, unfolded, log, say))
         return {self.w.jobs: shown, self.w.live: live, self.w.timer: gr.Timer(active=bool(live))}

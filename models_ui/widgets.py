@@ -14,8 +14,10 @@ import gradio as gr
 
 from nibble.config import HUBS
 from nibble.lowbit.formats import DEFAULT
+from nibble.wishes import MOST_CHARACTERS
 
-MOST_CHARACTERS = 4_000
+MOST_LISTED = 4_000
+"""Characters of a field that takes several names."""
 
 CHOOSE_FORMATS = """
 const boxes = () => [...element.querySelectorAll("input")];
@@ -165,7 +167,7 @@ def _console(i18n: gr.I18n) -> gr.Code:
 
 def _line(i18n: gr.I18n, key: str, info: str = "", **more: Any) -> gr.Textbox:
     told = {"info": i18n(info)} if info else {}
-    return gr.Textbox(label=i18n(key), max_length=MOST_CHARACTERS, **{"max_lines": 1, **told, **more})
+    return gr.Textbox(label=i18n(key), **{"max_length": MOST_CHARACTERS, "max_lines": 1, **told, **more})
 
 
 def _get(i18n: gr.I18n) -> Get:
@@ -192,8 +194,10 @@ def _shrink(i18n: gr.I18n) -> Shrink:
     )  # fmt: skip
     with gr.Accordion(i18n("advanced"), open=False, elem_classes="fold"):
         out = _line(i18n, "out", "out_info", elem_id="out")
-        skip = _line(i18n, "skip", "skip_info", elem_id="skip")
-        overrides = _line(i18n, "overrides", "overrides_info", lines=2, max_lines=8, elem_id="overrides")
+        skip = _line(i18n, "skip", "skip_info", max_length=MOST_LISTED, elem_id="skip")
+        overrides = _line(
+            i18n, "overrides", "overrides_info", max_length=MOST_LISTED, lines=2, max_lines=8, elem_id="overrides"
+        )
         judge = gr.Checkbox(True, label=i18n("judge_after"), elem_id="judge-after")
         gr.Markdown(i18n("pick_intro"), elem_classes="intro")
         with gr.Row():

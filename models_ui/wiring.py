@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
+from pathlib import PurePath
 from typing import Any
 
 import gradio as gr
@@ -114,8 +115,13 @@ class Wiring:
         if not ended:
             return changes
         for job_id in sorted(ended):
-            job = (await asyncio.to_thread(self.operator.job, job_id)).as_dict()
-            judged = [str(job["spec"]["model"])] if job["task"] == "evaluate" and job["state"] == "done" else []
+            try:
+                job = (await asyncio.to_thread(self.operator.job, job_id)).as_dict()
+            except NibbleError:  # its folder is gone
+                continue
+            judged = (
+                [PurePath(job["spec"]["model"]).name] if job["task"] == "evaluate" and job["state"] == "done" else []
+            )
             chosen = next(reversed(made(job) or judged), chosen)
         return changes | await self.scene.pick(say, chosen, source) | {self.status: self.standing(request)}
 
@@ -138,8 +144,11 @@ class Wiring:
         return await self._begin(request, self.w.get.said, lambda: self.operator.download(wish))
 
     async def get_line(self, *fields: str) -> str:
-        """The same in the console."""
-        spec = Download(*(field or "" for field in fields)).spec()
+        """The same in the console; nothing while the fields make no wish."""
+        try:
+            spec = Download(*(field or "" for field in fields)).spec()
+        except NibbleError:
+            return ""
         return command("download", spec | self.operator.surroundings) if spec.get("repo") else ""
 
     async def formats(self, request: gr.Request, source: str) -> Changes:
@@ -233,7 +242,8 @@ class Wiring:
 
     async def act(self, request: gr.Request, event: gr.EventData, unfolded: str) -> AsyncIterator[Changes]:
         """A button of a job."""
-        act, subject = str(event.act), str(event.subject)
+        # A script may leave either out.
+        act, subject = str(getattr(event, "act", "")), str(getattr(event, "subject", ""))
         if act == "load":
             async for changes in self.load(request, subject):
                 yield changes

@@ -18,6 +18,9 @@ from nibble.lowbit.formats import resolve
 MODULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]{0,199}")
 """Part of the dotted path of a model's module, such as lm_head or layers.0.mlp."""
 
+MOST_CHARACTERS = 1_000
+"""Of a name."""
+
 MOST_RULES = 1_000
 """Modules that one wish may name: more no model has."""
 
@@ -107,7 +110,7 @@ class Evaluate:
 
 def text(value: object) -> str:
     """A short text, without spaces around it."""
-    if not isinstance(value, str) or len(value) > 1_000:
+    if not isinstance(value, str) or len(value) > MOST_CHARACTERS:
         raise ModelError(f"{str(value)[:40]!r} is not a name.", "Give a short text.")
     return value.strip()
 

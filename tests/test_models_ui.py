@@ -1,13 +1,16 @@
 """The Models tab as a script sees it, and its pure parts: tables, report, jobs, console lines. The host is scripted."""
 
+import asyncio
 import re
 import shlex
 import time
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import gradio as gr
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
@@ -18,9 +21,13 @@ import app
 from models_ui import forms, joblist, report, view
 from models_ui.console import command
 from models_ui.view import Say
+from models_ui.widgets import build_widgets
+from models_ui.wiring import Wiring
 from nibble import jobs
+from nibble.config import Settings
 from nibble.errors import NibbleError
 from nibble.lowbit.formats import FORMATS
+from nibble.operator import Operator
 from nibble.words import LANGUAGES
 from tests.scripted import ScriptedHost
 from tests.serving import page
@@ -312,3 +319,56 @@ def test_a_list_of_jobs_has_a_limit(client: Client, limit: object) -> None:
     assert len(client.predict(1, api_name="/jobs")) <= 1
     with pytest.raises(AppError, match="limit"):
         client.predict(limit, api_name="/jobs")
+
+
+@pytest.fixture
+def wiring(tmp_path: Path) -> Wiring:
+    """The handlers of a page, with a scripted host and a home of their own."""
+    with gr.Blocks():
+        operator = Operator(ScriptedHost(), Settings(home=str(tmp_path / "home")))
+        return Wiring(build_widgets(lambda key: key), operator, gr.HTML(), lambda request: "")
+
+
+REQUEST = SimpleNamespace(headers={})
+
+
+def test_a_run_whose_folder_is_gone_stops_no_page(wiring: Wiring, guide_model: Path) -> None:
+    gone = JOB["id"]
+    changes = asyncio.run(wiring.tick(REQUEST, "guide", "", gone, [gone]))
+    assert changes[wiring.w.live] == [] and "guide" in changes[wiring.w.keep.library]["rows"]
+    wiring.operator.jobs = lambda limit: [JOB]
+    assert gone in asyncio.run(wiring.scene.work(SAY, gone))[wiring.w.jobs]["rows"]
+
+
+def test_a_model_that_goes_while_the_page_looks_stops_no_page(wiring: Wiring, guide_model: Path) -> None:
+    (card,) = wiring.operator.shelf()
+    wiring.operator.shelf = lambda: [card | {"name": "gone"}]
+    changes = asyncio.run(wiring.scene.shelf(SAY, "gone", "gone"))
+    assert "Not measured yet" in changes[wiring.w.keep.known]
+
+
+def test_the_folder_that_was_judged_is_chosen_by_its_name(
+    wiring: Wiring, guide_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = JOB | {"task": "evaluate", "state": "done", "spec": {"model": "/elsewhere/guide", "paths": True}}
+    monkeypatch.setattr(wiring.operator, "job", lambda job_id: SimpleNamespace(as_dict=lambda: done))
+    changes = asyncio.run(wiring.tick(REQUEST, "", "", "", [JOB["id"]]))
+    assert changes[wiring.w.keep.library]["value"] == "guide"
+
+
+def test_a_field_that_is_too_long_makes_no_line_and_cannot_be_typed(wiring: Wiring) -> None:
+    assert asyncio.run(wiring.get_line("x" * 1_001, "", "", "", "")) == ""
+    assert "org/name" in asyncio.run(wiring.get_line("org/name", "", "", "", ""))
+    get, shrink = wiring.w.get, wiring.w.shrink
+    for field in (get.repo, get.revision, get.file, get.name, shrink.out, shrink.memory, shrink.loss):
+        assert field.max_length == 1_000
+    assert shrink.skip.max_length == shrink.overrides.max_length == 4_000
+
+
+def test_a_button_that_is_none_is_refused(wiring: Wiring, guide_model: Path) -> None:
+    async def press(data: dict[str, str]) -> list[Any]:
+        return [changes async for changes in wiring.act(REQUEST, gr.EventData(None, data), "")]
+
+    for data in ({}, {"act": "stop"}, {"act": "delete", "subject": "guide"}, {"act": "stop", "subject": JOB["id"]}):
+        (changes,) = asyncio.run(press(data))
+        assert "class='wrong'" in changes[wiring.w.keep.said]
