@@ -41,7 +41,7 @@ def build(frame: Frame, host: Host, operator: Operator, settings: Settings) -> C
     Args:
         frame: what stands around the tab.
         host: whoever holds the model.
-        operator: loads models; in public mode nothing that does so is built.
+        operator: loads models; in public mode nothing here is wired to it.
         settings: public mode, and the defaults of the model drawer.
 
     Returns:

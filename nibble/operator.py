@@ -3,7 +3,8 @@ to the jobs that do so.
 
 Promises that a model is named, by its name here or its id on a hub, and never given as a path; that whatever is wrong
 with a wish is said before any work starts; and that nothing here blocks longer than reading small files does, but for
-`stop`, which says so. In public mode nothing of it is built. Knows nothing of Gradio, torch and languages.
+`stop`, which says so. In public mode the page lists the models through it, and nothing that reaches its other methods
+is built. Knows nothing of Gradio, torch and languages.
 """
 
 from __future__ import annotations
