@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench.decode import SHAPES as QWEN2  # noqa: E402 - run by its path, this file must first find the project
 from bench.decode import Peak, private_memory, write_model  # noqa: E402
+from nibble.lowbit.formats import FORMATS as ALL  # noqa: E402
 
 
 class Model(NamedTuple):
@@ -111,13 +113,12 @@ def mapped_weights() -> int:
     return total
 
 
-def write(folder: Path, model: Model, tokenizers: Path) -> None:
+def write(folder: Path, model: Model, tokenizers: Path | None) -> None:
     """A random model of this shape, with a tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     write_model(folder, model.shape, model.family)
     (folder / "generation_config.json").unlink(missing_ok=True)
-    source = tokenizers / model.tokenizer
-    source = source if source.is_dir() else ROOT / "guide" / "model"
+    source = tokenizers / model.tokenizer if tokenizers else ROOT / "guide" / "model"
     for pattern in ("tokenizer*", "vocab*", "merges*", "special_tokens*", "chat_template*"):
         for path in source.glob(pattern):
             shutil.copyfile(path, folder / path.name)
@@ -173,7 +174,7 @@ def keep(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
             row["told"]["tokens_per_s"] = before["told"]["tokens_per_s"]
             row["measured"]["tokens_per_s"] = before["measured"]["tokens_per_s"]
         known[row["shape"], row["format"]] = row
-    merged = sorted(known.values(), key=lambda row: (list(MODELS).index(row["shape"]), FORMATS.index(row["format"])))
+    merged = sorted(known.values(), key=lambda row: (list(MODELS).index(row["shape"]), list(ALL).index(row["format"])))
     FIGURES.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
     within = {key: [cells(row, key)[1] for row in merged if cells(row, key)[1]] for key in AIM}
     held = "; ".join(
@@ -192,15 +193,15 @@ def main() -> int:
     """Write, estimate, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
-    parser.add_argument("--formats", nargs="+", default=list(FORMATS), metavar="NAME")
+    parser.add_argument("--formats", nargs="+", choices=list(ALL), default=list(FORMATS), metavar="NAME")
     parser.add_argument(
         "--context", type=int, default=512, help="tokens of the conversation that memory is measured with"
     )
     parser.add_argument("--answers", type=int, default=5, help="of which the fastest counts; 0 leaves speed unmeasured")
-    parser.add_argument("--tokenizers", type=Path, default=ROOT.parent / "shared" / "data" / "tokenizers")
+    parser.add_argument("--tokenizers", type=Path, help="folder of the models' tokenizers (default: the guide's)")
     parser.add_argument("--home", type=Path, default=Path("~/.nibble").expanduser(), help="where machine.json is kept")
     parser.add_argument("--work", type=Path, help="folder for the random models; they are removed")
-    parser.add_argument("--machine", default="2 cores of an AVX512 server CPU", help="the machine in words")
+    parser.add_argument("--machine", default=f"{os.cpu_count()} cores", help="the machine in words")
     parser.add_argument("--write", action="store_true", help="renew docs/estimates.md")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -11,9 +11,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from nibble import jobs, publish
 from nibble.checkpoint import (
@@ -25,6 +26,7 @@ from nibble.checkpoint import (
     weight_files,
 )
 from nibble.errors import ModelError, NibbleError, SourceError
+from nibble.lowbit.formats import ALIASES, FORMATS
 from nibble.screen import BIGDL_KEY, check, check_adapter, check_source, quant_method, templates
 
 GUIDE = "guide"
@@ -32,6 +34,9 @@ GUIDE_FOLDER = Path(__file__).parents[1] / "guide" / "model"
 
 NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|\Z))[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """A model's or an adapter's name: a folder directly under home/models or home/adapters, on any file system."""
+
+REMOTE = re.compile(r"(?:https://[^/\s]+/(?:models/)?)?([A-Za-z0-9_][\w.-]*)/([A-Za-z0-9_][\w.-]*)(?:[/?#].*)?")
+"""A model on a hub, by its id or its page there."""
 
 MODELS, ADAPTERS = "models", "adapters"
 
@@ -90,15 +95,25 @@ Judge = Callable[[Path, str], ModelCard]
 """A folder and its name -> its card; raises where the folder cannot or must not be loaded."""
 
 
-def models(home: Path, judge: Judge | None = None) -> list[ModelCard]:
+def models(home: Path, judge: Judge | None = None, trusted: Collection[str] = ()) -> list[ModelCard]:
     """The guide and every folder in home/models, by name; a broken one carries its problem instead of raising.
 
     Args:
         home: Nibble's home folder.
         judge: None is `check`, then `inspect`.
+        trusted: names of models whose own Python code may run.
     """
+
+    def judged(folder: Path, name: str) -> ModelCard:
+        check(folder, trust_remote_code=name in trusted)
+        return inspect(folder, name)
+
     named = [(GUIDE, GUIDE_FOLDER), *_named(home / MODELS)]
-    return [_card_or_problem(name, folder, judge or _judge) for name, folder in named if folder.is_dir()]
+    return [
+        _card_or_problem(name, folder, judge or judged, trusted=name in trusted)
+        for name, folder in named
+        if folder.is_dir()
+    ]
 
 
 def adapters(home: Path) -> list[ModelCard]:
@@ -109,11 +124,6 @@ def adapters(home: Path) -> list[ModelCard]:
 def _named(root: Path) -> list[tuple[str, Path]]:
     folders = sorted(path for path in root.iterdir() if NAME.fullmatch(path.name)) if root.is_dir() else []
     return [(path.name, path) for path in folders if path.is_dir()]
-
-
-def _judge(folder: Path, name: str) -> ModelCard:
-    check(folder)
-    return inspect(folder, name)
 
 
 def _judge_adapter(folder: Path, name: str) -> ModelCard:
@@ -132,15 +142,18 @@ def _judge_adapter(folder: Path, name: str) -> ModelCard:
     )
 
 
-def _card_or_problem(name: str, folder: Path, judge: Judge) -> ModelCard:
+def _card_or_problem(name: str, folder: Path, judge: Judge, *, trusted: bool = False) -> ModelCard:
     try:
         try:
             return judge(folder, name)
         except SourceError as reason:
-            check_source(folder)
+            check_source(folder, trusted=trusted)
             return _source_card(folder, name, str(reason))
     except NibbleError as error:
-        return ModelCard(name, folder, "", "", 0, 0, 0, problem=str(error))
+        problem = str(error)
+    except OSError as error:
+        problem = f"{name} cannot be read: {error.strerror}. Check the folder's permissions."
+    return ModelCard(name, folder, "", "", 0, 0, 0, problem=problem)
 
 
 def find(name: str, home: Path, *, paths: bool = False) -> Path:
@@ -226,52 +239,135 @@ def _context(config: dict[str, Any]) -> int:
     return next((text[key] for key in CONTEXT_KEYS if type(text.get(key)) is int), 0)
 
 
-def delete(name: str, home: Path, *, loaded: Collection[str]) -> int:
-    """Take a model, or an adapter where no model has that name, off the disk: whole to a reader, then gone.
+def delete(name: str, home: Path, *, loaded: Collection[str], kind: str = "") -> int:
+    """Take a model or an adapter off the disk, with the report of a model: whole to a reader, then gone.
 
     Args:
         name: in home/models or home/adapters.
         home: Nibble's home folder.
-        loaded: names of what is in memory or is being loaded.
+        loaded: names of the models that are in memory or are being loaded.
+        kind: as its card says; empty will do where only one of the two has that name.
 
     Returns:
         The bytes that were freed; none where it was a link, whose folder stays.
 
     Raises:
-        ModelError: nothing of that name, the guide, or something uses it.
+        ModelError: nothing of that name, or both a model and an adapter; the guide; or something uses it.
     """
-    if name == GUIDE:
-        raise ModelError("The guide is part of Nibble and is not deleted.", "Delete another model.")
-    places = [home / kind / name for kind in (MODELS, ADAPTERS)] if NAME.fullmatch(name) else []
-    folder = next((place for place in places if place.is_dir() or place.is_symlink()), None)
-    if folder is None:
-        raise ModelError(f"There is no model or adapter {name[:200]!r}.", "`nibble models` lists what there is.")
-    if name in loaded:
-        raise ModelError(f"{name} is loaded.", "Unload it, or load another model first.")
-    user = next((job for job in jobs.list_jobs(home) if job.live and _uses(job, name)), None)
-    if user:
-        raise ModelError(f"The job {user.id} works with {name}.", f"Wait for its end, or stop it: {user.id}.")
+    root, folder = _place(name, home, kind)
+    if root == MODELS:
+        if name == GUIDE:
+            raise ModelError("The guide is part of Nibble and is not deleted.", "Delete another model.")
+        if name in loaded:
+            raise ModelError(f"{name} is loaded.", "Unload it, or load another model first.")
+        user = next((job for job in jobs.list_jobs(home) if job.live and _uses(job, folder, home)), None)
+        if user:
+            raise ModelError(f"The job {user.id} works with {name}.", f"Wait for its end, or stop it: {user.id}.")
     size = 0 if folder.is_symlink() else tree_bytes(folder)
     try:
         publish.remove(folder)
+        if root == MODELS:
+            drop_report(name, home)
     except OSError as error:
         raise ModelError(f"{name} cannot be deleted: {error.strerror}.", "Check the permissions of home.") from None
     return size
 
 
-def _uses(job: jobs.Job, name: str) -> bool:
-    """Whether a job's spec names a model, or what it makes: quantizing calls that `<out>-<format>`."""
-    waiting: list[Any] = [job.spec]
-    found: list[Any] = []
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict | list):
-            waiting += value.values() if isinstance(value, dict) else value
-        else:
-            found.append(value)
-    return name in found or (
-        job.task == "quantize" and any(isinstance(item, str) and item and name.startswith(f"{item}-") for item in found)
-    )
+def _place(name: str, home: Path, kind: str) -> tuple[str, Path]:
+    """`MODELS` or `ADAPTERS`, and the folder there that a name and a kind lead to.
+
+    Raises:
+        ModelError: no such kind, nothing of that name, or two things and no kind.
+    """
+    if kind not in ("", *get_args(Kind)):
+        raise ModelError(f"There is no kind {kind[:40]!r}.", f"Kinds: {', '.join(get_args(Kind))}.")
+    roots = (MODELS, ADAPTERS) if not kind else (ADAPTERS,) if kind == "adapter" else (MODELS,)
+    places = [(root, home / root / name) for root in roots] if NAME.fullmatch(name) else []
+    found = [
+        (root, place)
+        for root, place in places
+        if place.is_dir() or place.is_symlink() or (root == MODELS and name == GUIDE)
+    ]
+    if not found:
+        what = "adapter" if kind == "adapter" else "model" if kind else "model or adapter"
+        raise ModelError(f"There is no {what} {name[:200]!r}.", "`nibble models` lists what there is.")
+    if len(found) > 1:
+        raise ModelError(f"Both a model and an adapter are called {name}.", "Say which: kind is model or adapter.")
+    return found[0]
+
+
+def report_file(name: str, home: Path) -> Path:
+    """Where the report of a model is kept; see `nibble.quality.kept`."""
+    return home / "reports" / f"{name}.json"
+
+
+def drop_report(name: str, home: Path) -> None:
+    """Forget what was measured of a model: it goes, or another takes its name.
+
+    Raises:
+        OSError: the file cannot be removed.
+    """
+    report_file(name, home).unlink(missing_ok=True)
+
+
+def _uses(job: jobs.Job, folder: Path, home: Path) -> bool:
+    """Whether a job reads a model or makes it."""
+    wanted = folder.resolve()
+    places = (place for path in _touched(job, home) if (place := _resolved(path)))
+    return any(wanted in (place, *place.parents) for place in places)
+
+
+def _touched(job: jobs.Job, home: Path) -> Iterator[Path]:
+    """The folders and files of models that a job's spec names, and those that it makes."""
+    root = home / MODELS
+    said = {key: job.spec[key] for key in ("model", "against", "out", "name", "repo", "file") if job.spec.get(key)}
+    said = {key: value.strip() for key, value in said.items() if isinstance(value, str)}
+    source = _meant(said["model"], root) if "model" in said else None
+    if source:
+        yield source
+    if "against" in said:
+        yield _meant(said["against"], root)
+    elif source and job.task == "evaluate":
+        # A low-bit model is compared with the one that it was made from.
+        with suppress(ModelError, OSError):
+            made_from = str(publish.read_manifest(source).get("source"))
+            if NAME.fullmatch(made_from):
+                yield root / made_from
+    if "repo" in said:
+        came = _meant(said["repo"], root).name
+        if "file" in said:
+            org, between, _ = came.rpartition("__")
+            came = f"{org}{between}{Path(said['file']).stem}"
+        yield root / said.get("name", came)
+    if source and job.task == "quantize":
+        stem = said.get("out") or (source.stem if source.suffix == ".gguf" else source.name)
+        yield from (root / f"{stem}-{name}" for name in (*_formats(job.spec.get("low_bit")), "picked"))
+    if "out" in said:
+        yield root / said["out"]
+
+
+def _meant(value: str, root: Path) -> Path:
+    """Where the model lies or will lie that a spec names: by its name, its id on a hub, its page there, or a path."""
+    remote = REMOTE.fullmatch(value)
+    if remote:
+        return root / f"{remote[1]}__{remote[2]}"
+    return root / value if NAME.fullmatch(value) else Path(value)
+
+
+def _formats(low_bit: object) -> list[str]:
+    """The formats that a spec names, by their own names; every one where it names none."""
+    names = low_bit.split(",") if isinstance(low_bit, str) else low_bit
+    if not names or not isinstance(names, list):
+        return list(FORMATS)
+    told = (name.strip().lower() for name in names if isinstance(name, str))
+    return [ALIASES.get(name, name) for name in told]
+
+
+def _resolved(path: Path) -> Path | None:
+    try:
+        return path.expanduser().resolve()
+    except (OSError, ValueError, RuntimeError):
+        return None
 
 
 def disk_use(home: Path) -> DiskUse:

@@ -10,6 +10,7 @@ is built. Knows nothing of Gradio, torch and languages.
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -32,6 +33,9 @@ from nibble.tasks.download import refuse_trust, request_from
 from nibble.wishes import Download, Evaluate, Quantize, text
 
 MOST_JOBS = 200
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""What has a slash and is no path."""
 
 Result = TypeVar("Result")
 
@@ -79,8 +83,9 @@ class Operator:
     # The models that are here.
 
     def cards(self) -> list[dict[str, Any]]:
-        """The models and adapters on this machine as plain data, without their paths."""
-        return [self._plain(card) for card in (*self._models(), *library.adapters(self.home))]
+        """The models and adapters on this machine as plain data, without their paths; in public mode no adapters."""
+        adapters = [] if self._settings.public else library.adapters(self.home)
+        return [self._plain(card) for card in (*self._models(), *adapters)]
 
     def shelf(self) -> list[dict[str, Any]]:
         """As `cards`, each with its estimate (in the format that it would be loaded in) and what it has lost there."""
@@ -166,13 +171,14 @@ class Operator:
         own, wanted = self._own(), text(name)
         return own if own is not None and wanted == own.name else library.find(wanted, self.home)
 
-    def delete(self, name: str) -> int:
-        """Delete a model or an adapter; the bytes that this frees.
+    def delete(self, name: str, kind: str = "") -> int:
+        """Delete a model or an adapter, `kind` as its card says; the bytes that this frees.
 
         Raises:
-            ModelError: nothing of that name, the guide, or something uses it.
+            ModelError: nothing of that name, two things and no kind, the guide, or something uses it.
         """
-        return library.delete(text(name), self.home, loaded={self.answering, self.host.loading} - {""})
+        loaded = {self.answering, self.host.loading} - {""}
+        return library.delete(text(name), self.home, loaded=loaded, kind=text(kind))
 
     def disk_use(self) -> DiskUse:
         """What home takes on its disk, and what is left there."""
@@ -198,7 +204,9 @@ class Operator:
         fields = asdict(card)
         del fields["folder"]
         problem = card.problem.replace(str(card.folder), card.name)
-        return {**fields, "problem": problem, "loaded": card.name == self.answering}
+        base = card.base if HUB_ID.fullmatch(card.base) else re.split(r"[\\/]", card.base.rstrip("\\/"))[-1]
+        loaded = card.kind != "adapter" and card.name == self.answering
+        return {**fields, "problem": problem, "base": base, "loaded": loaded}
 
     @property
     def answering(self) -> str:

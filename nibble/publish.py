@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -59,15 +60,28 @@ def publication(folder: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
 
 def clean(folder: Path) -> None:
     """Remove what saves to `folder` that were killed have left beside it; call it only while no save is under way."""
-    for aside in folder.parent.glob(f".{folder.name}.old-*"):
+    for aside in _beside(folder, "old"):
         if folder.exists():
-            shutil.rmtree(aside, ignore_errors=True)
+            _discard(aside)
         else:
             aside.rename(folder)
-    for left in folder.parent.glob(f".{folder.name}.tmp-*"):
-        if left.is_symlink():
-            left.unlink()
-        shutil.rmtree(left, ignore_errors=True)
+    for left in _beside(folder, "tmp"):
+        _discard(left)
+
+
+def _beside(folder: Path, kind: str) -> list[Path]:
+    """What saves and removals have put beside `folder`; never the lock or a folder of another, as m is of m.old-2."""
+    ours = re.compile(rf"\.{re.escape(folder.name)}\.{kind}-[0-9a-f]{{32}}")
+    found = [path for path in folder.parent.iterdir() if ours.fullmatch(path.name)]
+    return [path for path in found if path.is_symlink() or path.is_dir()]
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder, or a link without what it leads to."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def clean_all(parent: Path) -> None:
@@ -95,9 +109,7 @@ def remove(folder: Path) -> None:
         except OSError:
             aside.rename(folder)
             raise
-        if aside.is_symlink():
-            aside.unlink()
-        shutil.rmtree(aside, ignore_errors=True)
+        _discard(aside)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

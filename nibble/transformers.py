@@ -308,7 +308,9 @@ def _load(auto_class: Any, folder: Path, source: str, request: _Request, stored:
     options["dtype"] = options["dtype"] or plain or ("auto" if stored else torch.bfloat16)
     try:
         # Pickles lie beside the weights of many models; none is ever a way out.
-        model = auto_class.from_pretrained(folder, **{"use_safetensors": True, **options})
+        model, found = auto_class.from_pretrained(
+            folder, **{**options, "use_safetensors": True, "output_loading_info": True}
+        )
     except Exception as error:  # noqa: BLE001 - a foreign folder can make transformers raise anything
         for name, reason in getattr(options.get("quantization_config"), "refused", {}).items():
             raise ModelError(f"{name} of {folder.name} cannot be packed. {reason.message}", reason.hint) from error
@@ -316,6 +318,12 @@ def _load(auto_class: Any, folder: Path, source: str, request: _Request, stored:
             f"{folder.name} could not be loaded: {_first_line(error)}",
             "Check that the folder is complete and that this version of transformers knows the model.",
         ) from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"The files of {folder.name} lack {len(missing)} of the model's weights, {missing[0]} first.",
+            "The model is incomplete or of another kind: download it again.",
+        )
     if "attn_implementation" not in options and model.device.type == "cpu":
         attention.use(model)
         lean.offer(model)

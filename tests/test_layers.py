@@ -20,7 +20,7 @@ READING = {"checkpoint", "screen", "library"}
 INSIDE = {
     "checkpoint": {"checkpoint"},
     "screen": {"screen", "checkpoint"},
-    "library": READING | {"jobs", "publish"},
+    "library": READING | {"jobs", "publish", "lowbit.formats"},
     "publish": {"publish"},
     "devices": {"devices"},
     "lowbit": {"lowbit", "devices", "publish"},

@@ -347,6 +347,24 @@ def test_a_model_that_goes_while_the_page_looks_stops_no_page(wiring: Wiring, gu
     assert "Not measured yet" in changes[wiring.w.keep.known]
 
 
+def test_an_adapter_with_a_models_name_is_chosen_and_deleted_for_itself(
+    wiring: Wiring, home: Path, guide_model: Path
+) -> None:
+    folder = home / "adapters" / "guide"
+    folder.mkdir(parents=True)
+    changes = asyncio.run(wiring.scene.shelf(SAY, "guide", ""))
+    assert not changes[wiring.w.keep.delete]["interactive"]
+    rows = changes[wiring.w.keep.library]["rows"]
+    assert "data-name='guide' aria-pressed='true'" in rows
+    assert "data-name='adapter:guide' aria-pressed='false'" in rows
+    changes = asyncio.run(wiring.scene.shelf(SAY, "adapter:guide", ""))
+    assert changes[wiring.w.keep.delete]["interactive"]
+    assert not changes[wiring.w.keep.load]["interactive"]
+    changes = asyncio.run(wiring.delete(REQUEST, "adapter:guide", "guide", ""))
+    assert "guide is deleted" in changes[wiring.w.keep.said]
+    assert not folder.exists() and guide_model.is_dir()
+
+
 def test_the_folder_that_was_judged_is_chosen_by_its_name(
     wiring: Wiring, guide_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -322,7 +322,8 @@ def test_the_child_process_converts_and_tells_its_progress(bigdl_python: Path, s
     assert result.dense == tuple(f"model.layers.{number}.mlp.down_proj" for number in range(5))
     assert told == sorted(told)
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["quantization_config"] == {
-        "quant_method": "nibble", "low_bit": "nf4", "modules_to_not_convert": ["down_proj"], "overrides": [], "layout": 1,
+        "quant_method": "nibble", "low_bit": "nf4", "modules_to_not_convert": ["down_proj"], "overrides": [],
+        "layout": 1,
     }  # fmt: skip
     verify(tmp_path / "ours", contents=True)
 

@@ -8,12 +8,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from nibble import jobs, publish
 from nibble.errors import ModelError
-from nibble.library import adapters, delete, disk_use, find, inspect, models
+from nibble.library import ModelCard, adapters, delete, disk_use, find, inspect, models
 from nibble.screen import check
 from tests.support.hostile import edit
 
@@ -164,7 +165,7 @@ def test_deleting_is_whole_and_frees_what_it_says(stories: Path, tmp_path: Path)
     size = sum(path.stat().st_size for path in stories.iterdir())
     used = disk_use(tmp_path)
     assert (used.models, used.adapters, used.runs, used.unfinished) == (2 * size, size, 0, 0)
-    assert delete("one", tmp_path, loaded=["two"]) == size
+    assert delete("one", tmp_path, loaded=["two"], kind="model") == size
     assert not (tmp_path / "models" / "one").exists()
     assert (tmp_path / "adapters" / "one").exists()
     assert delete("one", tmp_path, loaded=()) == size
@@ -179,7 +180,7 @@ def test_deleting_is_whole_and_frees_what_it_says(stories: Path, tmp_path: Path)
 def test_what_a_save_or_a_job_uses_is_not_deleted(
     stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("one", "made-sym_int4", "made"):
+    for name in ("one", "made-nf4", "made", "made-up"):
         shutil.copytree(stories, tmp_path / "models" / name)
     with publish.alone(tmp_path / "models" / "one"), pytest.raises(ModelError, match="being saved already"):
         delete("one", tmp_path, loaded=())
@@ -189,13 +190,106 @@ def test_what_a_save_or_a_job_uses_is_not_deleted(
     try:
         lasting = replace(job, state="running")
         monkeypatch.setattr(jobs, "list_jobs", lambda home: [lasting])
-        for name in ("one", "made", "made-sym_int4"):
+        for name in ("one", "made", "made-nf4"):
             with pytest.raises(ModelError, match=job.id):
                 delete(name, tmp_path, loaded=())
+        assert delete("made-up", tmp_path, loaded=()) > 0
     finally:
         jobs.stop(job.id, tmp_path)
     monkeypatch.setattr(jobs, "list_jobs", lambda home: [replace(job, state="done")])
     assert delete("one", tmp_path, loaded=()) > 0
+
+
+@pytest.mark.parametrize(
+    ("task", "spec", "used", "free"),
+    [
+        ("quantize", {"model": "org/m", "low_bit": ["nf4"]}, ("org__m", "org__m-nf4"), ("org__m-fp4", "org", "m")),
+        ("quantize", {"model": "https://hf.co/org/m", "low_bit": "fp8"}, ("org__m", "org__m-fp8_e5m2"), ("m",)),
+        ("quantize", {"model": "{models}/a", "paths": True, "pick": {}}, ("a", "a-picked", "a-nf4"), ("b", "a-b")),
+        ("quantize", {"model": "{models}/a/x.gguf", "paths": True, "out": "b"}, ("a", "b", "b-nf4"), ("x", "x-nf4")),
+        ("evaluate", {"model": "a", "against": "b", "device": "cpu", "low_bit": ["nf4"]}, ("a", "b"), ("cpu", "nf4")),
+        ("download", {"repo": "org/m"}, ("org__m",), ("m",)),
+        ("download", {"repo": "org/m", "file": "q/x.gguf"}, ("org__x",), ("org__m",)),
+        ("download", {"repo": "org/m", "name": "b"}, ("b",), ("org__m",)),
+    ],
+    ids=str,
+)
+def test_what_a_job_reads_and_makes_is_not_deleted_and_no_more(
+    task: str, spec: dict, used: tuple, free: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "models"
+    for name in (*used, *free):
+        (root / name).mkdir(parents=True)
+    told = {key: value.format(models=root) if isinstance(value, str) else value for key, value in spec.items()}
+    job = SimpleNamespace(id="the-job", task=task, spec=told, live=True)
+    monkeypatch.setattr(jobs, "list_jobs", lambda home: [job])
+    for name in used:
+        with pytest.raises(ModelError, match="the-job"):
+            delete(name, tmp_path, loaded=())
+    for name in free:
+        delete(name, tmp_path, loaded=())
+    assert {path.name for path in root.glob("[!.]*")} == set(used)
+
+
+def test_what_a_low_bit_model_was_made_from_is_not_deleted_while_they_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("dense", "dense-nf4"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+    (tmp_path / "models" / "dense-nf4" / "nibble.json").write_text('{"source": "dense"}')
+    job = SimpleNamespace(id="the-job", task="evaluate", spec={"model": "dense-nf4"}, live=True)
+    monkeypatch.setattr(jobs, "list_jobs", lambda home: [job])
+    with pytest.raises(ModelError, match="the-job"):
+        delete("dense", tmp_path, loaded=())
+
+
+def test_a_model_and_an_adapter_of_one_name_are_told_apart(stories: Path, tmp_path: Path) -> None:
+    for place in ("models/one", "adapters/one", "adapters/guide"):
+        shutil.copytree(stories, tmp_path / place)
+    for name in ("one", "guide"):
+        with pytest.raises(ModelError, match=f"Both a model and an adapter are called {name}"):
+            delete(name, tmp_path, loaded=())
+        assert delete(name, tmp_path, loaded=[name], kind="adapter") > 0
+        with pytest.raises(ModelError, match=f"There is no adapter '{name}'"):
+            delete(name, tmp_path, loaded=(), kind="adapter")
+    assert (tmp_path / "models" / "one").is_dir()
+    with pytest.raises(ModelError, match="no kind 'folder'"):
+        delete("one", tmp_path, loaded=(), kind="folder")
+    with pytest.raises(ModelError, match="The guide is part of Nibble"):
+        delete("guide", tmp_path, loaded=(), kind="model")
+
+
+def test_a_report_goes_with_its_model_alone(stories: Path, tmp_path: Path) -> None:
+    for place in ("models/one", "adapters/one"):
+        shutil.copytree(stories, tmp_path / place)
+    report = tmp_path / "reports" / "one.json"
+    report.parent.mkdir()
+    report.write_text("{}")
+    delete("one", tmp_path, loaded=(), kind="adapter")
+    assert report.exists()
+    delete("one", tmp_path, loaded=())
+    assert not report.exists()
+
+
+def test_a_source_with_code_that_is_trusted_is_one(stories: Path, tmp_path: Path) -> None:
+    config = tmp_path / "models" / "awq" / "config.json"
+    shutil.copytree(stories, config.parent)
+    edit(config, quantization_config={"quant_method": "awq", "bits": 4}, auto_map={"AutoConfig": "x.Config"})
+    (refused,) = (card for card in models(tmp_path) if card.name == "awq")
+    (source,) = (card for card in models(tmp_path, trusted=["awq"]) if card.name == "awq")
+    assert "trust_remote_code" in refused.problem
+    assert (source.kind, source.problem) == ("source", "")
+
+
+def test_a_folder_that_cannot_be_read_carries_its_problem(stories: Path, tmp_path: Path) -> None:
+    shutil.copytree(stories, tmp_path / "models" / "one")
+
+    def judge(folder: Path, name: str) -> ModelCard:
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    assert {card.name: card.problem.partition(".")[0] for card in models(tmp_path, judge)} == {
+        name: f"{name} cannot be read: Permission denied" for name in ("guide", "one")
+    }
 
 
 def test_a_link_is_deleted_and_what_it_leads_to_stays(stories: Path, tmp_path: Path) -> None:

@@ -168,6 +168,36 @@ def test_neither_the_guide_nor_what_is_loaded_is_deleted(operator: Operator, gui
     assert guide_model.is_dir()
 
 
+def put_adapter(stories: Path, home: Path, name: str, base: str) -> None:
+    folder = home / "adapters" / name
+    folder.mkdir(parents=True)
+    shutil.copy(stories / "model.safetensors", folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}))
+
+
+def test_an_adapter_may_have_a_models_name(operator: Operator, stories: Path, guide_model: Path) -> None:
+    put_adapter(stories, operator.home, "guide", "org/base")
+    assert [(card["kind"], card["loaded"]) for card in operator.cards()] == [("model", True), ("adapter", False)]
+    with pytest.raises(NibbleError, match="Both"):
+        operator.delete("guide")
+    assert operator.delete("guide", "adapter") > 0
+    with pytest.raises(NibbleError, match="part of Nibble"):
+        operator.delete("guide")
+
+
+@pytest.mark.parametrize(
+    ("base", "shown"),
+    [("org/base-1.5B", "org/base-1.5B"), ("base", "base"), ("/home/me/secret/base/", "base"), ("C:\\me\\base", "base"),
+     ("~/base", "base"), ("../base", "base"), ("a/b/base", "base"), ("", "")],
+)  # fmt: skip
+def test_of_an_adapters_base_no_path_is_shown(home: Path, stories: Path, base: str, shown: str) -> None:
+    put_adapter(stories, home, "mine", base)
+    (card,) = (card for card in Operator(ScriptedHost(), Settings(home=str(home))).cards() if card["name"] == "mine")
+    assert card["base"] == shown
+    strangers = Operator(ScriptedHost(), Settings(home=str(home), public=True))
+    assert "adapter" not in [card["kind"] for card in strangers.cards()]
+
+
 @pytest.mark.parametrize("limit", [0, -1, 1_000, True, "3", None])
 def test_a_number_of_jobs_that_cannot_be_is_refused(operator: Operator, limit: object) -> None:
     with pytest.raises(NibbleError, match="limit"):

@@ -130,7 +130,7 @@ def test_a_kill_at_any_time_leaves_a_whole_folder(tmp_path: Path) -> None:
 def test_a_kill_between_the_two_renames_is_mended(tmp_path: Path) -> None:
     folder = tmp_path / "m"
     save(folder, "old")
-    folder.rename(tmp_path / ".m.old-0")
+    folder.rename(tmp_path / f".m.old-{0:032x}")
     with pytest.raises(RuntimeError), publish.publication(folder, {}):
         raise RuntimeError
     assert whole(folder) == "old"
@@ -176,3 +176,15 @@ def test_damage_is_found(tmp_path: Path) -> None:
     (folder / publish.MANIFEST).write_text("[")
     with pytest.raises(ModelError, match="broken"):
         publish.verify(folder)
+
+
+def test_what_is_beside_for_another_model_is_let_be(tmp_path: Path) -> None:
+    for name in ("m", "m.old-2", "m.tmp-2", "m[1]"):
+        save(tmp_path / name, "old")
+    mine = tmp_path / f".m[1].tmp-{1:032x}"
+    mine.mkdir()
+    others = {path.name for path in tmp_path.iterdir()} - {mine.name, "m"}
+    (tmp_path / "m").rename(tmp_path / "away")
+    for name in ("m", "m[1]"):
+        publish.clean(tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == others | {"away"}

@@ -56,9 +56,9 @@ def save(folder: Path, text: str) -> None:
 def test_a_start_cleans_up_after_dead_saves_and_lets_living_ones_be(tmp_path: Path) -> None:
     for name in ("kept", "moved", "busy"):
         save(tmp_path / name, name)
-    (tmp_path / ".kept.tmp-1").mkdir()
-    (tmp_path / ".kept.old-1").mkdir()
-    (tmp_path / "moved").rename(tmp_path / ".moved.old-1")  # killed between two renames
+    (tmp_path / f".kept.tmp-{1:032x}").mkdir()
+    (tmp_path / f".kept.old-{1:032x}").mkdir()
+    (tmp_path / "moved").rename(tmp_path / f".moved.old-{1:032x}")  # killed between two renames
     with publish.publication(tmp_path / "busy", {}) as fresh:
         publish.clean_all(tmp_path)
         assert fresh.is_dir()

@@ -216,6 +216,18 @@ def test_a_folder_of_a_hubs_cache_is_welcome(folder: Path, tmp_path: Path) -> No
     check(linked)
 
 
+def test_a_link_leads_to_no_folder(folder: Path) -> None:
+    (folder / ".h").mkdir()
+    (folder / ".h" / "x.jinja").symlink_to("/etc/hostname")
+    check(folder)
+    for target in (".h", "."):
+        link = folder / "additional_chat_templates"
+        link.symlink_to(target)
+        with pytest.raises(ModelError, match="additional_chat_templates in .* is a link to a folder"):
+            check(folder)
+        link.unlink()
+
+
 def test_weights_may_lie_on_another_disk(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(tmp_path / "large")
     (folder / "model.safetensors").symlink_to(tmp_path / "large")

@@ -89,6 +89,24 @@ def test_an_earlier_model_is_replaced_whole_and_a_foreign_folder_is_not(tiny: st
     assert (home / "models" / "theirs" / "letter.txt").read_text() == "dear"
 
 
+def test_no_way_to_a_model_lets_it_be_replaced_by_its_own_low_bit_form(tiny: str, home: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(home)
+    with pytest.raises(NibbleError, match="its own low-bit form"):
+        quantize(str(tmp_path / "link" / "models" / tiny), home, low_bit=["nf4"], out=tiny, paths=True)
+    file = home / "models" / "folder" / "one.gguf"
+    file.parent.mkdir()
+    file.write_bytes(b"GGUF")
+    with pytest.raises(NibbleError):
+        quantize(str(file), home, low_bit=["nf4"], out="folder", paths=True)
+    assert file.read_bytes() == b"GGUF"
+
+
+def test_a_folder_whose_name_no_model_can_have_is_told_before_the_work(tiny: str, home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "models" / tiny, tmp_path / "My Model (1)")
+    with pytest.raises(NibbleError, match="cannot be a model's name"):
+        quantize(str(tmp_path / "My Model (1)"), home, low_bit=["nf4"], paths=True)
+
+
 def test_mixed_bits(tiny: str, home: Path) -> None:
     [model] = quantize(tiny, home, low_bit=["sym_int4"], skip=["lm_head"], overrides={"down_proj": "fp8"})["models"]
     layers = dict(AutoModelForCausalLM.load_low_bit(model["folder"]).named_modules())
@@ -242,11 +260,13 @@ def test_what_is_picked_is_packed(tiny: str, home: Path, monkeypatch: pytest.Mon
     ]
     asked = []
     monkeypatch.setattr(task, "pick", lambda folder, limits, *_: asked.append(limits) or proposals.pop(0))
-    result = quantize(tiny, home, pick={"memory_bytes": 10**9}, overrides={"lm_head": "sym_int8"})
+    with pytest.raises(NibbleError, match="as it was measured"):
+        quantize(tiny, home, pick={"memory_bytes": 10**9}, overrides={"lm_head": "sym_int8"})
+    result = quantize(tiny, home, pick={"memory_bytes": 10**9})
     [model] = result["models"]
     config = json.loads((Path(model["folder"]) / "config.json").read_text())["quantization_config"]
     assert (model["name"], model["format"]) == ("tiny-picked", "sym_int4")
-    assert config["overrides"] == [["layers.1", "sym_int8"], ["lm_head", "sym_int8"]]
+    assert config["overrides"] == [["layers.1", "sym_int8"]]
     assert result["pick"]["why"] == "It fits." and asked[0].memory_bytes == 10**9
     with pytest.raises(NibbleError, match="Nothing loses so little"):
         quantize(tiny, home, pick={"max_kl": 0.001})

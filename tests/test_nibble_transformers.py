@@ -387,3 +387,14 @@ def test_kernels_and_plain_functions(tied: Path, tmp_path: Path) -> None:
     model.to(torch.float32)
     assert kernel_name(model) == "portable"
     assert len(greedy(model)) > 5
+
+
+@pytest.mark.parametrize("low_bit", ["bf16", "sym_int4"])
+def test_a_weight_that_the_files_lack_is_no_noise(guide_model: Path, tmp_path: Path, low_bit: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(guide_model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.other"] = tensors.pop("model.layers.0.mlp.down_proj.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="lack 1 of the model's weights|lack 2 of the model's weights"):
+        AutoModelForCausalLM.from_pretrained(folder, load_in_low_bit=low_bit)

@@ -34,8 +34,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--override", metavar="PATTERN=FORMAT", action="append", default=[], help="another format for these modules"
     )
     parser.add_argument("--pick", action="store_true", help="choose the smallest form within the two limits below")
-    parser.add_argument("--max-memory", metavar="SIZE", type=size, default=0, help="such as 4GB (default: no limit)")
-    parser.add_argument("--max-kl", metavar="NATS", type=float, default=0.05, help="mean loss a token (default: 0.05)")
+    parser.add_argument("--max-memory", metavar="SIZE", type=size, help="such as 4GB (default: no limit)")
+    parser.add_argument("--max-kl", metavar="NATS", type=float, help="mean loss a token (default: 0.05)")
     parser.add_argument("--text", metavar="FILE", type=Path, help="measure on this text instead of the one that ships")
     parser.add_argument("--no-report", action="store_true", help="do not measure what was lost")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -43,11 +43,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, settings: Settings) -> None:
     """Quantize it, and say what there is now and how to chat with it."""
+    limits = {"max_kl": arguments.max_kl, "memory_bytes": arguments.max_memory}
+    if not arguments.pick and any(value is not None for value in limits.values()):
+        raise ConfigError("--max-kl and --max-memory are limits for --pick, which is not given.", "Add --pick.")
     spec = {
         "model": arguments.model, "low_bit": [name for name in arguments.low_bit.split(",") if name.strip()],
         "out": arguments.out, "skip": arguments.skip, "overrides": dict(map(_override, arguments.override)),
         "evaluate": not arguments.no_report, "text": str(arguments.text.resolve()) if arguments.text else "",
-        "pick": {"max_kl": arguments.max_kl, "memory_bytes": arguments.max_memory} if arguments.pick else {},
+        "pick": limits if arguments.pick else {},
         "device": settings.device, "home": str(settings.home_folder), "config": arguments.config or "", "paths": True,
     }  # fmt: skip
     # Packing itself is done on the CPU: this and a job on the same device wait for each other.

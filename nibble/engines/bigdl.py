@@ -88,4 +88,4 @@ def models(settings: Settings) -> list[ModelCard]:
     def judged(folder: Path, name: str) -> ModelCard:
         return judge(folder, name, trusted=name in settings.trust_remote_code, settings=settings)
 
-    return library.models(settings.home_folder, judged)
+    return library.models(settings.home_folder, judged, settings.trust_remote_code)

@@ -219,12 +219,12 @@ def _unpacked_sizes(
     sizes: Mapping[str, tuple[int, ...]], method: str, packing: Mapping[str, Any]
 ) -> dict[str, tuple[int, ...]]:
     """Sizes of the weights in `qweight` tensors of AWQ [in, out / 8] and GPTQ [in / 8, out]; 8 is for 4 bits."""
-    per_word = 32 // min(_whole(packing, "bits", "w_bit") or 4, 32)
+    bits = min(_whole(packing, "bits", "w_bit") or 4, 32)
     found: dict[str, tuple[int, ...]] = {}
     for name, size in sizes.items():
         stem, _, kind = name.rpartition(".")
         if kind == "qweight" and len(size) == 2:
-            rows, columns = (size[1] * per_word, size[0]) if method == "awq" else (size[1], size[0] * per_word)
+            rows, columns = (size[1] * 32 // bits, size[0]) if method == "awq" else (size[1], size[0] * 32 // bits)
             found[f"{stem}.weight"] = (rows, columns)
         elif kind not in ("qzeros", "scales", "g_idx"):
             found[name] = size

@@ -140,6 +140,7 @@ def download(request: Request, report: Progress, home: Path) -> Path:
         with alone(models, request.target) as part:
             part.refuse_foreign()
             listing = _first(request, home, report, lambda hub: _bring(hub, request, home, report, part))
+            library.drop_report(request.target, home)  # It tells of what stood there before.
             part.put_in_place(listing)
     return models / request.target
 

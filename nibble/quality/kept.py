@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nibble.errors import ModelError
-from nibble.library import NAME, find
+from nibble.library import NAME, find, report_file
 from nibble.publish import MANIFEST, alone, read_manifest
 
 NUMBERS = (
@@ -150,7 +150,7 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 def _file(name: str, home: Path) -> Path:
     if not NAME.fullmatch(name):
         raise ModelError(f"{name!r} cannot be a model's name.", "Use letters, digits, dots, dashes and underscores.")
-    return home / "reports" / f"{name}.json"
+    return report_file(name, home)
 
 
 def _read(file: Path) -> dict[str, Any] | None:

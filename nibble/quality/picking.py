@@ -123,12 +123,12 @@ class Search:
         return self.proposal()
 
     def formats(self) -> None:
-        """Measure whole formats, a size after the other, until one loses little enough."""
+        """Measure whole formats, a size after the other, until one holds both limits."""
         for size in _SIZES:
             rows = [
                 self._try(row.name, {}) for row in FORMATS.values() if row.quantized and row.bits_per_weight == size
             ]
-            if any(self._limits.quality(row) for row in rows):
+            if any(self._limits.quality(row) and self._limits.memory(row) for row in rows):
                 return
 
     def mixtures(self) -> None:

@@ -1,9 +1,10 @@
 """What stands in a model's folder: ordinary files, no code, no links that lead astray.
 
 A pipe or a device would block or never end when it is read, so nothing is opened before it was looked at here. Links
-are what hubs' caches are made of: they may lead anywhere within the folder and into a cache's blobs. Weights alone may
-lie on another disk: whatever such a link names, it is read as safetensors or GGUF and as nothing else. Any other file
-is refused outside, since what is read as a tokenizer is copied into the models that are made of this one.
+are what hubs' caches are made of: they may lead to files anywhere within the folder and in a cache's blobs, and to no
+folder. Weights alone may lie on another disk: whatever such a link names, it is read as safetensors or GGUF and as
+nothing else. Any other file is refused outside, since what is read as a tokenizer is copied into the models that are
+made of this one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def check_entries(folder: Path) -> str:
         The path of the first file with code, empty where there is none.
 
     Raises:
-        ModelError: an entry that is neither file nor folder, or a link that leads out; or far too many entries.
+        ModelError: an entry that is neither file nor folder, a link to a folder or out; or far too many entries.
     """
     root = folder.resolve()
     code = ""
@@ -44,6 +45,9 @@ def check_entries(folder: Path) -> str:
             raise _refused(folder, shown, "is a link that leads nowhere") from None
         if entry.is_symlink() and not _may_lead(path.resolve(), root, path.name):
             raise _refused(folder, shown, "is a link that leads out of the folder")
+        if entry.is_symlink() and stat.S_ISDIR(mode):
+            # What it leads to may be hidden, and so not looked at.
+            raise _refused(folder, shown, "is a link to a folder")
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise _refused(folder, shown, "is neither a file nor a folder")
         if entry.name.lower().endswith(CODE):

@@ -33,8 +33,6 @@ def open_source(folder: Path, *, trusted: bool = False) -> Source:
     Raises:
         ModelError: nothing that can be read, or that must not be.
     """
-    if folder.is_dir():
-        screen.check_source(folder, trusted=trusted)
     if folder.suffix == ".gguf" and folder.is_file():
         return _module("gguf").open(folder)  # type: ignore[no-any-return]
     screen.check_source(folder, trusted=trusted)

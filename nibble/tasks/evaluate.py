@@ -51,7 +51,8 @@ def run(spec: Mapping[str, Any], report: Report) -> dict[str, Any]:
         tokens=int(spec.get("tokens") or TOKENS), against=_against(spec, folder, packed, settings),
         device=str(spec.get("device") or settings.device), trusted=settings.trust_remote_code, report=report,
     )  # fmt: skip
-    if library.NAME.fullmatch(card.name):
+    # Another folder of the same name, given by its path, is not the model that is called so here.
+    if folder.resolve() in (library.GUIDE_FOLDER, (home / "models" / card.name).resolve()):
         keep(card.name, home, found, folder if packed else None)
     return found
 

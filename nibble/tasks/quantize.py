@@ -89,7 +89,7 @@ def run(spec: Mapping[str, Any], report: Report) -> dict[str, Any]:
     origin = _origin(order, settings, report)
     proposal = _pick(order, origin, conditions, report) if order.pick else None
     if proposal:
-        overrides = {**proposal.overrides, **order.overrides}
+        overrides = dict(proposal.overrides)
         out = order.out or f"{_name(origin)}-picked"
         order = replace(order, low_bit=(proposal.format,), overrides=overrides, out=out)
     try:
@@ -160,8 +160,14 @@ def _limits(spec: Mapping[str, Any], formats: list[Format]) -> Limits | None:
         return None
     if formats:
         raise ModelError("Either a format is named, or one is to be picked.", "Leave one of the two out.")
+    if spec.get("skip") or spec.get("overrides"):
+        raise ModelError(
+            "What is picked is packed as it was measured, with no layer kept or changed by hand.",
+            "Leave the layers out, or name a format yourself.",
+        )
     check_keys(wanted, ["max_kl", "memory_bytes"], "pick")
-    return Limits(float(wanted.get("max_kl") or MAX_KL), int(wanted.get("memory_bytes") or 0))
+    loss = wanted.get("max_kl")
+    return Limits(MAX_KL if loss is None else float(loss), int(wanted.get("memory_bytes") or 0))
 
 
 def _pick(order: Order, origin: Path, conditions: Conditions, report: Report) -> Proposal:
@@ -232,11 +238,17 @@ def _folders(order: Order, name: str, formats: tuple[str, ...], settings: Settin
     stem = order.out or name
     names = [stem] if order.out and len(formats) == 1 else [f"{stem}-{fmt}" for fmt in formats]
     download.refuse_trust(names, name, settings.trust_remote_code)
+    for each in names:
+        if not library.NAME.fullmatch(each):
+            raise ModelError(f"{each!r} cannot be a model's name here.", "Choose another name: --out NAME.")
     folders = [settings.home_folder / "models" / each for each in names]
-    if origin in folders:
+    # A GGUF file may lie within the folder, and either may be reached through a link.
+    if any(origin.resolve().is_relative_to(folder.resolve()) for folder in folders):
         raise ModelError(
             f"{origin.name} would be replaced by its own low-bit form.", "Choose another name: --out NAME."
         )
+    for each in names:
+        library.drop_report(each, settings.home_folder)  # Killed after it, none tells of the model that stood there.
     return folders
 
 
