@@ -59,9 +59,12 @@ def _build_library(operator: Operator) -> None:
         await operator.unload()
         return WORDS.say("is_unloaded", language_of(request.headers.get("accept-language")))
 
-    async def delete_model(name: str) -> Plain:
-        """Delete a model that is not loaded; its name and the bytes that this freed."""
-        return {"name": name, "bytes": await asyncio.to_thread(operator.delete, name)}
+    async def delete_model(name: str, kind: str = "") -> Plain:
+        """Delete a model that is not loaded, or an adapter; its name and the bytes that this freed.
+
+        `kind`, as /models tells it, is needed where a model and an adapter have the same name.
+        """
+        return {"name": name, "bytes": await asyncio.to_thread(operator.delete, name, kind)}
 
     async def estimates(name: str) -> list[Plain]:
         """What a model would take in each format: disk, memory, speed, whether it fits.

@@ -53,7 +53,7 @@ class Scene:
 
     def _shelf(self, say: Say, chosen: str, source: str) -> Changes:
         models = self.operator.shelf()
-        by_name = {model["name"]: model for model in models}
+        by_name = {view.key(model): model for model in models}
         dense = [name for name, model in by_name.items() if not model["problem"] and _can_shrink(model)]
         first = {} if source else {"value": dense[0] if dense else None}
         source = source or (dense[0] if dense else "")
@@ -86,7 +86,7 @@ class Scene:
         return await asyncio.to_thread(self._source, say, source)
 
     def _source(self, say: Say, source: str) -> Changes:
-        model = next((model for model in self.operator.cards() if model["name"] == source), None)
+        model = next((model for model in self.operator.cards() if view.key(model) == source), None)
         return {self.w.shrink.formats: gr.update(rows=self._formats(say, source, model))}
 
     def _known(self, model: dict[str, Any] | None, say: Say) -> str:

@@ -19,6 +19,9 @@ Plain = Mapping[str, Any]
 NOTHING = "–"
 """Stands where a number is not known."""
 
+ADAPTER = "adapter:"
+"""Before an adapter's name, where the page must know it from a model's: no name holds a colon."""
+
 STORED = ""
 """The choice "as it is stored", among names of formats."""
 
@@ -107,12 +110,23 @@ def _format(name: str, estimate: Plain, lost: Plain, say: Say) -> str:
     return f"<tr class='{mark}'>{_box(name, escape(name))}{''.join(cells)}</tr>"
 
 
+def key(model: Plain) -> str:
+    """What the page calls a model or an adapter: a model its name, and an adapter, which may have the same, more."""
+    return f"{ADAPTER}{model['name']}" if model["kind"] == "adapter" else str(model["name"])
+
+
+def named(chosen: str) -> tuple[str, str]:
+    """The name and the kind behind a `key`."""
+    name = chosen.removeprefix(ADAPTER)
+    return name, "model" if name == chosen else "adapter"
+
+
 def library(models: Sequence[Plain], chosen: str, say: Say) -> str:
     """The models that are here, each with a button to choose it.
 
     Args:
         models: as `Operator.shelf` gives them.
-        chosen: name of the one that is chosen; empty is none.
+        chosen: `key` of the one that is chosen; empty is none.
         say: the words.
     """
     head = [say(f"th_{key}") for key in ("model", "size", "lost", "memory", "speed")]
@@ -129,8 +143,8 @@ def _model(model: Plain, chosen: str, say: Say) -> str:
         facts = " · ".join([escape(part) for part in parts if part] + ([say(kind)] if kind else []))
     loaded = f"<em>{say('is_in')}</em>" if model["loaded"] else ""
     estimate, quality = model.get("estimate") or {}, model.get("quality") or {}
-    picked = "true" if model["name"] == chosen else "false"
-    button = f"<button type='button' data-name='{name}' aria-pressed='{picked}'>{name}</button>"
+    picked = "true" if key(model) == chosen else "false"
+    button = f"<button type='button' data-name='{escape(key(model))}' aria-pressed='{picked}'>{name}</button>"
     memory = size(estimate["steady_bytes"]) if estimate else NOTHING
     cells = [
         f"<th scope='row'>{button}{loaded}<small>{facts}</small></th>",

@@ -36,7 +36,7 @@ element.addEventListener("click", (event) => {
   if (button) props.value = button.dataset.name;
 });
 """
-"""Value: the name of the model that was chosen."""
+"""Value: the `view.key` of the model or adapter that was chosen."""
 
 ACT = """
 element.addEventListener("click", (event) => {

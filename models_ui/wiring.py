@@ -221,16 +221,18 @@ class Wiring:
     async def ask(self, request: gr.Request, chosen: str) -> Changes:
         """The button Delete asks first."""
         models = await asyncio.to_thread(self.operator.cards)
-        taken = next((model["size_bytes"] for model in models if model["name"] == chosen), 0)
-        asks = WORDS.say("delete_asks", say_from(request).language, model=chosen, size=size(taken))
+        taken = next((model["size_bytes"] for model in models if view.key(model) == chosen), 0)
+        name, _ = view.named(chosen)
+        asks = WORDS.say("delete_asks", say_from(request).language, model=name, size=size(taken))
         return {self.w.keep.really: gr.Column(visible=True), self.w.keep.asks: told(asks, wrong=True)}
 
     async def delete(self, request: gr.Request, chosen: str, source: str, unfolded: str) -> Changes:
         """The button Delete for good."""
         say = say_from(request)
         try:
-            freed = await asyncio.to_thread(self.operator.delete, chosen)
-            said = told(WORDS.say("deleted", say.language, model=chosen, size=size(freed)))
+            name, kind = view.named(chosen)
+            freed = await asyncio.to_thread(self.operator.delete, name, kind)
+            said = told(WORDS.say("deleted", say.language, model=name, size=size(freed)))
         except Exception as error:  # noqa: BLE001 - the border of the page
             said = self._refused(error, say)
         source = "" if source == chosen else source

@@ -118,7 +118,7 @@ def models(home: Path, judge: Judge | None = None, trusted: Collection[str] = ()
 
 def adapters(home: Path) -> list[ModelCard]:
     """Every folder in home/adapters, by name; a broken one carries its problem instead of raising."""
-    return [_card_or_problem(name, folder, _judge_adapter) for name, folder in _named(home / ADAPTERS)]
+    return [_card_or_problem(name, folder, _judge_adapter, kind="adapter") for name, folder in _named(home / ADAPTERS)]
 
 
 def _named(root: Path) -> list[tuple[str, Path]]:
@@ -142,7 +142,9 @@ def _judge_adapter(folder: Path, name: str) -> ModelCard:
     )
 
 
-def _card_or_problem(name: str, folder: Path, judge: Judge, *, trusted: bool = False) -> ModelCard:
+def _card_or_problem(
+    name: str, folder: Path, judge: Judge, *, kind: Kind = "model", trusted: bool = False
+) -> ModelCard:
     try:
         try:
             return judge(folder, name)
@@ -153,7 +155,7 @@ def _card_or_problem(name: str, folder: Path, judge: Judge, *, trusted: bool = F
         problem = str(error)
     except OSError as error:
         problem = f"{name} cannot be read: {error.strerror}. Check the folder's permissions."
-    return ModelCard(name, folder, "", "", 0, 0, 0, problem=problem)
+    return ModelCard(name, folder, "", "", 0, 0, 0, problem=problem, kind=kind)
 
 
 def find(name: str, home: Path, *, paths: bool = False) -> Path:

@@ -347,10 +347,8 @@ def test_a_model_that_goes_while_the_page_looks_stops_no_page(wiring: Wiring, gu
     assert "Not measured yet" in changes[wiring.w.keep.known]
 
 
-def test_an_adapter_with_a_models_name_is_chosen_and_deleted_for_itself(
-    wiring: Wiring, home: Path, guide_model: Path
-) -> None:
-    folder = home / "adapters" / "guide"
+def test_an_adapter_with_a_models_name_is_chosen_and_deleted_for_itself(wiring: Wiring, guide_model: Path) -> None:
+    folder = wiring.operator.home / "adapters" / "guide"
     folder.mkdir(parents=True)
     changes = asyncio.run(wiring.scene.shelf(SAY, "guide", ""))
     assert not changes[wiring.w.keep.delete]["interactive"]

@@ -383,6 +383,7 @@ def test_adapters_are_listed_with_their_base(stories: Path, tmp_path: Path) -> N
         "",
     )
     assert "foreign module" in cards["evil"].problem
+    assert {card.kind for card in cards.values()} == {"adapter"}
     assert "adapter_config.json" in cards["bare"].problem
     assert adapters(tmp_path / "nowhere") == []
 
