@@ -56,6 +56,14 @@ def test_a_model_arrives_whole_and_nothing_else_does(hubs: Hubs, hub: str, home:
         assert steps[-1] == (size, size, "B", stage)
 
 
+def test_an_earlier_report_is_not_the_new_models(hubs: Hubs, home: Path) -> None:
+    report = home / "reports" / "org__tiny.json"
+    report.parent.mkdir(parents=True)
+    report.write_text("{}")
+    fetch(home, BOTH[0], Told())
+    assert not report.exists()
+
+
 @pytest.mark.parametrize("hub", BOTH)
 def test_twenty_cuts_on_each_hub_and_every_next_try_completes(hubs: Hubs, hub: str, home: Path) -> None:
     sizes = {name: len(content) for name, content in tree(hubs.root / REPO).items() if name in WANTED}

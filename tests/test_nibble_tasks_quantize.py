@@ -89,6 +89,21 @@ def test_an_earlier_model_is_replaced_whole_and_a_foreign_folder_is_not(tiny: st
     assert (home / "models" / "theirs" / "letter.txt").read_text() == "dear"
 
 
+def test_an_earlier_report_is_not_the_new_models(tiny: str, home: Path) -> None:
+    (home / "reports").mkdir()
+    for name in ("mine", "gone", "theirs"):
+        (home / "reports" / f"{name}.json").write_text("{}")
+    quantize(tiny, home, low_bit=["nf4"], out="gone")
+    quantize(tiny, home, low_bit=["nf4"], out="mine")
+    (home / "reports" / "mine.json").write_text("{}")
+    quantize(tiny, home, low_bit=["sym_int8"], out="mine")
+    (home / "models" / "theirs").mkdir()
+    (home / "models" / "theirs" / "letter.txt").write_text("dear")
+    with pytest.raises(NibbleError, match="not replaced"):
+        quantize(tiny, home, low_bit=["nf4"], out="theirs")
+    assert [file.name for file in (home / "reports").glob("*.json")] == ["theirs.json"]
+
+
 def test_no_way_to_a_model_lets_it_be_replaced_by_its_own_low_bit_form(tiny: str, home: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(home)
     with pytest.raises(NibbleError, match="its own low-bit form"):

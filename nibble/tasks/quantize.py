@@ -21,6 +21,7 @@ from nibble.checkpoint import read_config
 from nibble.config import Settings, check_keys, load_settings
 from nibble.errors import ModelError, NibbleError
 from nibble.lowbit.formats import ALIASES, Format, resolve
+from nibble.publish import MANIFEST
 from nibble.quality import SHORT, Limits, Proposal, Subject, compare, keep, pick
 from nibble.quality.measuring import Conditions
 from nibble.quality.text import read_text
@@ -213,6 +214,7 @@ def _pack(order: Order, origin: Path, settings: Settings, report: Report) -> lis
     packings = [Packing(low_bit, order.skip, order.overrides) for low_bit in order.low_bit or ("",)]
     formats = order.low_bit or (plan(source, packings[0]).config.low_bit,)
     folders = _folders(order, name, formats, settings, origin)
+    _void(folders, settings.home_folder)
     written = pack(source, dict(zip(folders, packings, strict=True)), report)
     if source.kind != "safetensors" and not all(packed.kept for packed in written):
         report.note(
@@ -247,9 +249,15 @@ def _folders(order: Order, name: str, formats: tuple[str, ...], settings: Settin
         raise ModelError(
             f"{origin.name} would be replaced by its own low-bit form.", "Choose another name: --out NAME."
         )
-    for each in names:
-        library.drop_report(each, settings.home_folder)  # Killed after it, none tells of the model that stood there.
     return folders
+
+
+def _void(folders: list[Path], home: Path) -> None:
+    """Forget what was measured of the models that are to be replaced; a kill later leaves no figures of another."""
+    for folder in folders:
+        # A folder that is not ours will be refused, and keeps its report.
+        if (folder / MANIFEST).exists() or not folder.exists():
+            library.drop_report(folder.name, home)
 
 
 def _convert(order: Order, origin: Path, settings: Settings, report: Report) -> dict[str, Any]:
@@ -262,6 +270,7 @@ def _convert(order: Order, origin: Path, settings: Settings, report: Report) -> 
             "Convert it as it is, without a format; or quantize the full-precision model that it was made from.",
         )
     [folder] = _folders(order, origin.name, (name,), settings, origin)
+    _void([folder], settings.home_folder)
     result = convert(origin, folder, lambda done, total: report.progress(done, total, "B", "pack"))
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     before = sum(file.stat().st_size for file in origin.glob("*.bin"))
