@@ -319,7 +319,7 @@ def test_noise_and_chunks_that_nobody_asked_for_change_nothing(scripted, fault):
 
 
 def test_a_model_that_no_longer_moves_is_ended_and_told(scripted, monkeypatch):
-    monkeypatch.setattr(threaded, "STALL_S", 0.5)
+    monkeypatch.setattr(threaded, "STALL_S", 2.0)
     engine = scripted("stalls")
     engine.load()
     pid = engine.pid

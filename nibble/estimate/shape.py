@@ -17,8 +17,6 @@ from typing import Any, Literal, NamedTuple
 from nibble.checkpoint import DTYPE_BITS, read_config, read_header, weight_files
 from nibble.errors import ModelError
 from nibble.lowbit.formats import FORMATS, Format, resolve
-from nibble.sources.gguf_families import config_of, family_of, names_of
-from nibble.sources.gguf_header import read_header as read_gguf_header
 
 HEADS = {"lm_head", "embed_out", "output"}
 """Names of a model's output layer, which may be missing from the files: then it is the embedding's."""
@@ -125,6 +123,10 @@ def read_shape(folder: Path) -> Shape:
 
 
 def _gguf_shape(file: Path) -> Shape:
+    # The gguf package brings numpy, which whoever asks about other folders need not wait for.
+    from nibble.sources.gguf_families import config_of, family_of, names_of
+    from nibble.sources.gguf_header import read_header as read_gguf_header
+
     header = read_gguf_header(file)
     family = family_of(header)
     names = names_of(header, family)
