@@ -319,12 +319,13 @@ def test_noise_and_chunks_that_nobody_asked_for_change_nothing(scripted, fault):
 
 
 def test_a_model_that_no_longer_moves_is_ended_and_told(scripted, monkeypatch):
-    monkeypatch.setattr(threaded, "STALL_S", 2.0)
+    monkeypatch.setattr(threaded, "STALL_S", 0.5)
     engine = scripted("stalls")
     engine.load()
     pid = engine.pid
     with pytest.raises(EngineDied, match="has not moved"):
         ask(engine, user("Hi"))
+    assert engine.pid != pid  # at once: whoever asks next must not meet a process on its way out
     assert wait_for(lambda: gone(pid))
     with pytest.raises(EngineDied, match="has not moved"):
         asyncio.run(aask(engine, user("Hi")))

@@ -114,8 +114,8 @@ class WorkerEngine:
         number = child.ask(Request(messages, sampling, visitor), box.put)
         try:
             yield from read_box(box, Reading(stop, lambda: child.stop(number)))
-        except Stalled:
-            child.kill()
+        except Stalled as error:
+            child.kill(error)
             raise
         finally:
             child.stop(number)
@@ -151,8 +151,8 @@ class WorkerEngine:
                 yield chunk
                 if chunk.finish_reason is not None:
                     return
-        except Stalled:
-            child.kill()
+        except Stalled as error:
+            child.kill(error)
             raise
         finally:
             child.stop(number)
@@ -189,6 +189,8 @@ class _Child:
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.memory_bytes = 0
         self.dead = False
+        self._why: NibbleError | None = None
+        """Why we ended it ourselves."""
         self.process: subprocess.Popen[bytes] | None = None
         self._send({"load": asdict(spec)})
         # The thread that reads also starts the process: Linux kills the child when the thread that started it ends.
@@ -212,8 +214,10 @@ class _Child:
         if number in self.sinks:
             self._send({"id": number, "stop": True})
 
-    def kill(self) -> None:
-        """End the process at once."""
+    def kill(self, why: NibbleError) -> None:
+        """End the process at once. Whoever waits for it is told why, and whoever comes next gets another one."""
+        with self._lock:
+            self._why, self.dead = why, True
         if self.process is not None:
             _signal_group(self.process, signal.SIGKILL)
 
@@ -291,6 +295,8 @@ class _Child:
         code = self.process.returncode if self.process else None
         if self._closing:
             return unloaded()
+        if self._why is not None:
+            return self._why
         again = "Your next message starts it again."
         if code == -signal.SIGKILL:
             return EngineDied(
