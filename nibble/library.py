@@ -183,6 +183,26 @@ def find(name: str, home: Path, *, paths: bool = False) -> Path:
     )
 
 
+def find_adapter(name: str, home: Path, *, paths: bool = False) -> Path:
+    """The folder that an adapter's name leads to.
+
+    Args:
+        name: a name in home/adapters or, where `paths`, any folder. Endpoints and the page pass names only.
+        home: Nibble's home folder.
+        paths: whether a path is accepted.
+
+    Raises:
+        ModelError: nothing of that name; the hint lists the names that there are.
+    """
+    if NAME.fullmatch(name) and (home / ADAPTERS / name).is_dir():
+        return home / ADAPTERS / name
+    folder = _as_path(name) if paths else None
+    if folder is not None:
+        return folder
+    known = ", ".join(name for name, _ in _named(home / ADAPTERS)) or "none yet; fine-tune one"
+    raise ModelError(f"There is no adapter {name[:200]!r}.", f"Adapters here: {known}.")
+
+
 def _as_path(name: str) -> Path | None:
     """The folder at a path; None where there is none, or no file system could have one."""
     try:

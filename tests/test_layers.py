@@ -39,7 +39,18 @@ INSIDE = {
     "jobs": {"jobs", "tasks"},
     "tasks": READING
     | {"tasks", "jobs", "hub", "transformers", "lowbit", "devices", "publish"}
-    | {"sources", "packing", "quality", "estimate", "bigdl"},
+    | {"sources", "packing", "quality", "estimate", "bigdl", "adapters", "training", "merging", "comparing", "data"},
+    "training": READING
+    | {"training", "transformers", "qlora", "lowbit", "devices", "publish", "data", "prompts", "engines.base"}
+    | {"tasks", "adapters"},
+    "adapters": READING | {"adapters", "publish", "lowbit.formats"},
+    "qlora": {"qlora", "transformers", "lowbit"},
+    "merging": READING
+    | {"merging", "adapters", "shards", "publish", "packing", "lowbit", "transformers", "qlora", "devices", "prompts"}
+    | {"tasks"},
+    "comparing": READING
+    | {"comparing", "adapters", "training", "quality", "data", "transformers", "qlora", "lowbit", "devices", "prompts"}
+    | {"publish", "tasks", "engines.base"},
     "border": {"border", "words"},
     "wishes": READING | {"wishes", "lowbit.formats"},
     "operator": READING
@@ -61,7 +72,7 @@ TORCH_FREE = (
     "nibble.hosting", "nibble.chats", "nibble.publish", "nibble.prompts.trial",
     "nibble.engines.base", "nibble.engines.worker", "nibble.engines.host", "nibble.lowbit", "nibble.lowbit.formats",
     "nibble.jobs", "nibble.tasks", "nibble.tasks.download", "nibble.hub", "nibble.commands.download",
-    "nibble.data", "nibble.data.preview",
+    "nibble.data", "nibble.data.preview", "nibble.training.recipe",
     "nibble.engines.bigdl", "nibble.bigdl.folders", "nibble.bigdl.older_folder", "nibble.bigdl.convert",
     "nibble.compat", "nibble.operator",
     "nibble.quality", "nibble.quality.table", "nibble.tasks.evaluate", "nibble.commands.evaluate",
