@@ -7,7 +7,7 @@ flag or run.yaml. The defaults are the QLoRA tutorial's. Imports no torch. Knows
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any
 
@@ -130,11 +130,11 @@ def _checked(item: Field[Any], value: Any) -> Any:
     """
     if item.name == "optimizer":
         value = RENAMED.get(value, value) if isinstance(value, str) else value
-    default = item.default_factory() if item.default is MISSING else item.default  # type: ignore[misc]
+    sort = dict if item.default is MISSING else type(item.default)
+    cast, kind = CASTS[sort]
     try:
-        made = CASTS[type(default)](value)
+        made = cast(value)
     except (TypeError, ValueError, OverflowError):
-        kind = KINDS[type(default)]
         raise ConfigError(f"{item.name} is {str(value)[:60]!r}.", f"It must be {kind}.") from None
     least, most, choices = (item.metadata[key] for key in ("least", "most", "choices"))
     if choices and made not in choices:
@@ -184,9 +184,12 @@ def _mapping(value: Any) -> dict[str, str]:
     return {_text(key): _text(each) for key, each in value.items()}
 
 
-CASTS = {str: _text, bool: _boolean, int: _integer, float: _number, tuple: _names, dict: _mapping}
-KINDS = {
-    str: "a short text", bool: "true or false", int: "a whole number", float: "a number", tuple: "a list of names",
-    dict: "a mapping of fields to columns",
-}  # fmt: skip
+CASTS: dict[type, tuple[Callable[[Any], Any], str]] = {
+    str: (_text, "a short text"),
+    bool: (_boolean, "true or false"),
+    int: (_integer, "a whole number"),
+    float: (_number, "a number"),
+    tuple: (_names, "a list of names"),
+    dict: (_mapping, "a mapping of fields to columns"),
+}
 """Type of a field's default -> how a value becomes it, and how to say so."""
