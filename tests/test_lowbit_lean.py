@@ -47,10 +47,10 @@ def run(model: transformers.PreTrainedModel, ids: torch.Tensor, steps: int = 20)
     """Logits of a prompt's end and of some fixed tokens after it, and the cache."""
     cache = transformers.DynamicCache(config=model.config)
     with torch.inference_mode():
-        out = [model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]]
+        out = [model(input_ids=ids, use_cache=True, **{lean.CACHE: cache}).logits[:, -1]]
         for token in range(steps):
             fixed = torch.full((len(ids), 1), token + 3)
-            out.append(model(input_ids=fixed, past_key_values=cache, use_cache=True).logits[:, -1])
+            out.append(model(input_ids=fixed, use_cache=True, **{lean.CACHE: cache}).logits[:, -1])
     return torch.stack(out).float(), cache
 
 

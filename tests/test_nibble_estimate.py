@@ -73,8 +73,8 @@ def test_the_bytes_of_the_tensors_are_told_exactly(tmp_path: Path, name: str, fa
     prepare(model)
     cache = DynamicCache(config=config)
     with torch.inference_mode():
-        model(torch.ones(1, 39, dtype=torch.long), past_key_values=cache)
-        model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+        model(torch.ones(1, 39, dtype=torch.long), **{lean.CACHE: cache})
+        model(torch.ones(1, 1, dtype=torch.long), **{lean.CACHE: cache})
     cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     tables = sum(buffer.nbytes for buffer in model.buffers() if buffer.dtype == torch.float32 and buffer.ndim == 1)
     small = 1000 * cost.TOKENIZER_BYTES
@@ -134,14 +134,14 @@ def test_memory_beside_the_process(machine: probe.Machine, tmp_path: Path, guide
         "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16,
         "num_key_value_heads": 4, "vocab_size": 6144, "tie_word_embeddings": True,
     }  # fmt: skip
-    write(tmp_path / "model", Model("qwen2", "none", shape), tmp_path)
+    write(tmp_path / "model", Model("qwen2", "guide", shape), None)
     found = measured(tmp_path / "model", name, 200)
     told = estimates(tmp_path / "model", machine, formats=[name], context=int(found["context"]))[0]
     for key in ("steady_bytes", "peak_bytes"):
         assert getattr(told, key) == pytest.approx(found[key], rel=0.15)
-    # Libraries that a first answer loads take some ten million bytes more or less.
+    # What a first answer loads, and what the allocator keeps, differ by some ten million bytes from run to run.
     own = told.steady_bytes - machine.process_bytes
-    assert own == pytest.approx(found["steady_bytes"] - machine.process_bytes, rel=0.15, abs=4e7)
+    assert own == pytest.approx(found["steady_bytes"] - machine.process_bytes, rel=0.15, abs=6e7)
 
 
 def test_tables_agree_with_what_they_stand_for() -> None:

@@ -19,6 +19,7 @@ from transformers.generation import LogitsProcessorList, StoppingCriteria, Stopp
 from nibble.engines.base import FinishReason
 from nibble.engines.prefix import PrefixCache
 from nibble.engines.sampling import Plan, Sampler, generation_config
+from nibble.lowbit.lean import CACHE
 
 LAYER_S = 0.15
 """How long one layer should take over one piece of a prompt: a stop is seen between layers."""
@@ -86,7 +87,7 @@ class Generator:
                     generation_config=generation_config(plan, self.defaults, self.stops),
                     logits_processor=LogitsProcessorList([Sampler(plan, prompt.device)]),
                     stopping_criteria=StoppingCriteriaList([watch]),
-                    **({"past_key_values": cache} if cache is not None else {}),
+                    **({CACHE: cache} if cache is not None else {}),
                 )
             except _Stopped:
                 watch.reason = "stopped"
@@ -106,7 +107,7 @@ class Generator:
         while length - done > self._piece:
             start = time.perf_counter()
             piece = prompt[:, done : done + self._piece]
-            self._model(input_ids=piece, past_key_values=cache, use_cache=True, **self._lean)
+            self._model(input_ids=piece, use_cache=True, **{CACHE: cache}, **self._lean)
             if prompt.device.type != "cpu":
                 torch.accelerator.synchronize()
             done += piece.shape[1]

@@ -12,6 +12,7 @@ kept for them instead of being copied whole for each token, and the norms take t
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from nibble.lowbit import attention
 from nibble.lowbit.int4_cpu import CpuInt4Weight, block_rows
@@ -37,6 +39,9 @@ LAYERS = {
     ("transformers.models.qwen2.modeling_qwen2", "Qwen2DecoderLayer"),
 }
 """Classes whose forward is the one written here."""
+
+CACHE = "cache" if "cache" in inspect.signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
+"""What transformers calls the keys and values that a forward or `generate` is handed: `cache` since 5.24."""
 
 SPARE_TOKENS = 256
 """Room that is kept for tokens to come; a quarter of the conversation where that is more."""
@@ -202,29 +207,29 @@ def _forward(
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
-    past_key_values: Any = None,
     use_cache: bool | None = False,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """A decoder layer's forward: the lean way where it serves, otherwise the layer's own."""
+    cache = kwargs.get(CACHE)
     if (
         hidden_states.shape[:2] == (1, 1)
         and hidden_states.dtype == torch.bfloat16
-        and past_key_values is not None
+        and cache is not None
         and position_embeddings is not None
         and not (torch.is_grad_enabled() and hidden_states.requires_grad)
         and not layer.training
         and not kwargs.get("output_attentions")
         and (lean := _lean_of(layer)) is not None
     ):
-        held = past_key_values.layers[lean.index] if len(past_key_values.layers) > lean.index else None
+        held = cache.layers[lean.index] if len(cache.layers) > lean.index else None
         if type(held) is DynamicLayer:
             held.__class__ = RoomyLayer
-        return lean.step(hidden_states, attention_mask, past_key_values, position_embeddings)
+        return lean.step(hidden_states, attention_mask, cache, position_embeddings)
     return type(layer).forward(
-        layer, hidden_states, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-        use_cache=use_cache, position_embeddings=position_embeddings, **kwargs,
+        layer, hidden_states, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
+        position_embeddings=position_embeddings, **kwargs,
     )  # fmt: skip
 
 
@@ -263,9 +268,7 @@ def _agrees(layer: Any, lean: _Lean) -> bool:
         for cache in caches:
             cache.update(keys, values, lean.index)
         ours = lean.step(hidden, None, caches[0], rotation)
-        theirs = type(layer).forward(
-            layer, hidden, past_key_values=caches[1], use_cache=True, position_embeddings=rotation
-        )
+        theirs = type(layer).forward(layer, hidden, use_cache=True, position_embeddings=rotation, **{CACHE: caches[1]})
     pairs = [(ours, theirs)]
     for name in ("keys", "values"):
         one, other = (getattr(cache.layers[lean.index], name)[:, :, -1] for cache in caches)
