@@ -38,6 +38,7 @@ from nibble.lowbit.formats import resolve
 from nibble.operator import Operator
 from nibble.throttle import LoginThrottle
 from nibble.words import LANGUAGES
+from parts.words import WORDS as SHARED_WORDS
 
 LOOK = Path(__file__).parent / "look"
 FLAGS = ["host", "port", "root_path", "home", "model", "low_bit", "device"]
@@ -102,9 +103,9 @@ def theme() -> gr.themes.Base:
 def words() -> gr.I18n:
     """The fixed labels of all tabs. Browsers send zh-CN and the like; Gradio asks for that name first."""
     tables: dict[str, dict[str, str]] = {language: {} for language in LANGUAGES}
-    for tab in TABS:
+    for words in (SHARED_WORDS, *(tab.WORDS for tab in TABS)):
         for language in LANGUAGES:
-            tables[language].update(tab.WORDS.of(language))
+            tables[language].update(words.of(language))
     return gr.I18n(en=tables["en"], zh=tables["zh"], **{"zh-CN": tables["zh"], "zh-TW": tables["zh"]})
 
 

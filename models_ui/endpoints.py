@@ -14,6 +14,7 @@ from typing import Any
 
 import gradio as gr
 
+from models_ui.view import Say
 from models_ui.words import WORDS
 from nibble.border import bordered
 from nibble.errors import DeviceError
@@ -49,10 +50,8 @@ def _build_library(operator: Operator) -> None:
     async def load(request: gr.Request, name: str, low_bit: str = "", device: str = "") -> str:
         """Load a model by its name, in a format, on a device; empty takes the server's settings."""
         info = await operator.load(name, low_bit, device)
-        language = language_of(request.headers.get("accept-language"))
-        return WORDS.say(
-            "is_loaded", language, model=info.model, format=info.format, device=info.device, seconds=info.load_s
-        )
+        say = Say(language_of(request.headers.get("accept-language")))
+        return say.plain("is_loaded", model=info.model, format=info.format, device=info.device, seconds=info.load_s)
 
     async def unload(request: gr.Request) -> str:
         """Let the model go and give its memory back."""

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from models_ui.view import NOTHING, Say, nats, speed, table
+from models_ui.view import Say, nats, speed
 from models_ui.words import WORDS
 from nibble.jobs.progress import size
+from parts.view import NOTHING, table
 
 Plain = Mapping[str, Any]
 

@@ -12,7 +12,6 @@ from typing import Any
 import gradio as gr
 
 from models_ui import view
-from models_ui.joblist import joblist
 from models_ui.report import report
 from models_ui.view import Say
 from models_ui.widgets import Widgets
@@ -21,6 +20,7 @@ from nibble.jobs import LIVE
 from nibble.jobs.progress import size
 from nibble.lowbit.formats import FORMATS
 from nibble.operator import Operator
+from parts.joblist import joblist
 
 Changes = dict[Any, Any]
 """Widget -> what becomes of it."""

@@ -5,19 +5,17 @@ Promises that nothing a file or a visitor wrote reaches the page's own markup un
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from models_ui.words import WORDS
 from nibble.jobs.progress import size
 from nibble.lowbit.formats import FORMATS
-from nibble.words import Language
+from parts import view
+from parts.view import NOTHING, table
 
 Plain = Mapping[str, Any]
-
-NOTHING = "–"
-"""Stands where a number is not known."""
 
 ADAPTER = "adapter:"
 """Before an adapter's name, where the page must know it from a model's: no name holds a colon."""
@@ -30,20 +28,10 @@ KINDS = {"adapter": "adapter", "source": "to_shrink"}
 """Kind of a folder -> the key of what is said of it; nothing is said of a model."""
 
 
-class Say:
+class Say(view.Say):
     """The words of this tab in one language, escaped for HTML."""
 
-    def __init__(self, language: Language) -> None:
-        self.language = language
-
-    def __call__(self, key: str, **values: object) -> str:
-        return escape(WORDS.say(key, self.language, **values))
-
-
-def table(head: Sequence[str], rows: Iterable[str], kind: str) -> str:
-    """A table of ready rows, under headings that are escaped already."""
-    cells = "".join(f"<th scope='col'>{cell}</th>" for cell in head)
-    return f"<table class='grid {kind}'><thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    words = view.Say.words | WORDS
 
 
 def count(number: float) -> str:
@@ -181,8 +169,3 @@ def facts(model: Plain, say: Say) -> str:
     items = "".join(f"<div><dt>{say(key)}</dt><dd>{value}</dd></div>" for key, value in pairs if value)
     note = f"<p class='small'>{escape(model['note'])}</p>" if model["note"] else ""
     return f"<h4>{escape(model['name'])}</h4><dl>{items}</dl>{note}"
-
-
-def told(text: str, *, wrong: bool = False) -> str:
-    """A sentence under a card; empty where there is nothing to say."""
-    return f"<p class='{'wrong' if wrong else 'right'}' role='status'>{escape(text)}</p>" if text else ""

@@ -16,10 +16,8 @@ from typing import Any
 import gradio as gr
 
 from models_ui import forms, view
-from models_ui.console import command
-from models_ui.joblist import made, title
 from models_ui.scene import Changes, Scene
-from models_ui.view import Say, told
+from models_ui.view import Say
 from models_ui.widgets import Widgets
 from models_ui.words import WORDS
 from nibble.border import sentence
@@ -28,6 +26,9 @@ from nibble.jobs.progress import size
 from nibble.operator import Operator
 from nibble.wishes import Download, Evaluate
 from nibble.words import language_of
+from parts.console import command
+from parts.joblist import made, title
+from parts.view import told
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 QUICK: dict[str, Any] = {**PRIVATE, "queue": False}
@@ -132,11 +133,11 @@ class Wiring:
             job = await asyncio.to_thread(start)
         except Exception as error:  # noqa: BLE001 - the border of the page
             return {said: self._refused(error, say)}
-        began = WORDS.say("began", say.language, what=title(job, say.language))
+        began = say.plain("began", what=title(job, say.language))
         return {said: told(began)} | await self.scene.work(say, "")
 
     def _refused(self, error: Exception, say: Say) -> str:
-        return told(WORDS.say("refused", say.language, error=sentence(error, say.language)), wrong=True)
+        return told(say.plain("refused", error=sentence(error, say.language)), wrong=True)
 
     async def get(self, request: gr.Request, *fields: str) -> Changes:
         """The button Download."""
@@ -193,13 +194,12 @@ class Wiring:
     async def load(self, request: gr.Request, chosen: str) -> AsyncIterator[Changes]:
         """The button Load."""
         say, keep = say_from(request), self.w.keep
-        waits = told(WORDS.say("loading_now", say.language, model=chosen))
+        waits = told(say.plain("loading_now", model=chosen))
         yield {keep.said: waits, keep.load: gr.update(interactive=False)}
         try:
             info = await self.operator.load(chosen)
             said = told(
-                WORDS.say(
-                    "is_loaded", say.language, model=info.model, format=info.format, device=info.device,
+                say.plain("is_loaded", model=info.model, format=info.format, device=info.device,
                     seconds=info.load_s,
                 )
             )  # fmt: skip

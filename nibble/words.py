@@ -39,6 +39,17 @@ class Words:
             raise ValueError(f"not one sentence for each of {LANGUAGES}: {odd}")
         self._table = dict(table)
 
+    def __or__(self, other: Words) -> Words:
+        """Both tables in one.
+
+        Raises:
+            ValueError: a key that stands in both.
+        """
+        twice = sorted(self._table.keys() & other._table.keys())
+        if twice:
+            raise ValueError(f"these keys stand in two tables: {twice}")
+        return Words({**self._table, **other._table})
+
     def say(self, key: str, language: Language, **values: object) -> str:
         """The sentence of that key, with its values filled in."""
         return self._table[key][LANGUAGES.index(language)].format(**values)

@@ -1,4 +1,4 @@
-"""The arrows of docs/DESIGN: app -> {chat, models_ui, finetune_ui} -> nibble, and those inside nibble."""
+"""The arrows of docs/DESIGN: app -> {chat, models_ui, finetune_ui} -> parts -> nibble, and those inside nibble."""
 
 import ast
 import subprocess
@@ -10,9 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TABS = ("chat", "models_ui", "finetune_ui")
-MAY = {"app": {*TABS, "nibble"}, "nibble": {"nibble"}} | {tab: {tab, "nibble"} for tab in TABS}
+MAY = {"app": {*TABS, "parts", "nibble"}, "parts": {"parts", "nibble"}, "nibble": {"nibble"}} | {
+    tab: {tab, "parts", "nibble"} for tab in TABS
+}
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes"}
-FILES = [ROOT / "app.py", *sorted(path for top in (*TABS, "nibble") for path in (ROOT / top).rglob("*.py"))]
+FILES = [ROOT / "app.py", *sorted(path for top in (*TABS, "parts", "nibble") for path in (ROOT / top).rglob("*.py"))]
 
 READING = {"checkpoint", "screen", "library"}
 """The rooms that read a model's folder without loading it."""
@@ -97,7 +99,7 @@ def test_layer(path: Path) -> None:
     layer = path.relative_to(ROOT).parts[0].removesuffix(".py")
     tops = {name.split(".")[0] for name in imported(path)}
     assert tops & MAY.keys() <= MAY[layer]
-    assert layer != "nibble" or "gradio" not in tops
+    assert layer not in ("nibble", "parts") or "gradio" not in tops
     assert layer == "nibble" or not tops & HEAVY
 
 

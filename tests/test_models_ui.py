@@ -18,8 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import app
-from models_ui import forms, joblist, report, view
-from models_ui.console import command
+from models_ui import forms, report, view
 from models_ui.view import Say
 from models_ui.widgets import build_widgets
 from models_ui.wiring import Wiring
@@ -29,6 +28,9 @@ from nibble.errors import NibbleError
 from nibble.lowbit.formats import FORMATS
 from nibble.operator import Operator
 from nibble.words import LANGUAGES
+from parts import joblist
+from parts.console import command
+from parts.view import told
 from tests.scripted import ScriptedHost
 from tests.serving import page
 from tests.support.hubs import Fault, Hubs
@@ -245,7 +247,7 @@ def test_nothing_of_a_file_reaches_the_page_unescaped() -> None:
     job = JOB | {"state": "failed", "cause": HOSTILE, "note": HOSTILE, "spec": {"model": HOSTILE, "low_bit": [HOSTILE]}}
     parts = [
         view.library([card], "", SAY), view.facts(card, SAY), view.facts(card | {"problem": HOSTILE}, SAY),
-        view.told(HOSTILE), report.report(known, HOSTILE, SAY), joblist.joblist([job], job["id"], HOSTILE, SAY),
+        told(HOSTILE), report.report(known, HOSTILE, SAY), joblist.joblist([job], job["id"], HOSTILE, SAY),
         joblist.joblist([JOB | {"progress": JOB["progress"] | {"stage": HOSTILE, "unit": HOSTILE}}], "", "", SAY),
     ]  # fmt: skip
     for part in parts:

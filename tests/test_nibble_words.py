@@ -9,6 +9,7 @@ from chat.words import WORDS as CHAT
 from finetune_ui.words import WORDS as FINETUNE
 from models_ui.words import WORDS as MODELS
 from nibble.words import LANGUAGES, Words, language_of
+from parts.words import WORDS as SHARED
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_a_key_without_both_languages_is_refused() -> None:
         Words({"lonely": ("only English",)})
 
 
-@pytest.mark.parametrize("words", [CHAT, MODELS, FINETUNE], ids=["chat", "models", "finetune"])
+@pytest.mark.parametrize("words", [CHAT, MODELS, FINETUNE, SHARED], ids=["chat", "models", "finetune", "shared"])
 def test_both_languages_take_the_same_values(words: Words) -> None:
     tables = [words.of(language) for language in LANGUAGES]
     for key in tables[0]:
@@ -46,6 +47,11 @@ def test_both_languages_take_the_same_values(words: Words) -> None:
         # A sentence may leave a value out, but never name one that nobody gives.
         assert names[1] <= names[0] or names[0] <= names[1], key
         assert all(table[key].strip() for table in tables), key
+
+
+def test_no_key_stands_in_two_tables() -> None:
+    """The fixed labels of all of them lie in one."""
+    assert CHAT | MODELS | FINETUNE | SHARED
 
 
 def test_there_are_two_english_and_two_chinese_examples_for_everyone() -> None:

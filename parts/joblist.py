@@ -11,12 +11,12 @@ from html import escape
 from pathlib import PurePath
 from typing import Any
 
-from models_ui.console import SUBJECT, command
-from models_ui.view import Say
-from models_ui.words import WORDS
 from nibble.jobs import LIVE
 from nibble.jobs.progress import duration, size
 from nibble.words import Language
+from parts.console import SUBJECT, command
+from parts.view import Say
+from parts.words import WORDS
 
 Plain = Mapping[str, Any]
 
