@@ -44,7 +44,7 @@ INSIDE = {
     | {"sources", "packing", "quality", "estimate", "bigdl", "adapters", "training", "merging", "comparing", "data"},
     "training": READING
     | {"training", "transformers", "qlora", "lowbit", "devices", "publish", "data", "prompts", "engines.base"}
-    | {"tasks", "adapters"},
+    | {"tasks", "adapters", "sources.safetensors"},
     "adapters": READING | {"adapters", "publish", "lowbit.formats"},
     "qlora": {"qlora", "transformers", "lowbit"},
     "merging": READING
@@ -60,7 +60,7 @@ INSIDE = {
     | {"tasks.download"},
     "commands": READING
     | {"commands", "engines", "prompts.trial", "devices", "hosting", "jobs", "estimate", "lowbit.formats"}
-    | {"quality.table", "quality.kept", "probe"},
+    | {"quality.table", "quality.kept", "probe", "training.recipe", "data"},
     "hosting": {"hosting"},
     "hub": {"hub", "library", "screen", "publish"},
     "data": {"data", "prompts", "engines.base"},
@@ -74,7 +74,8 @@ TORCH_FREE = (
     "nibble.hosting", "nibble.chats", "nibble.publish", "nibble.prompts.trial",
     "nibble.engines.base", "nibble.engines.worker", "nibble.engines.host", "nibble.lowbit", "nibble.lowbit.formats",
     "nibble.jobs", "nibble.tasks", "nibble.tasks.download", "nibble.hub", "nibble.commands.download",
-    "nibble.data", "nibble.data.preview", "nibble.training.recipe",
+    "nibble.data", "nibble.data.preview", "nibble.training.recipe", "nibble.training.checkpoints",
+    "nibble.training.order", "nibble.tasks.finetune", "nibble.commands.finetune",
     "nibble.engines.bigdl", "nibble.bigdl.folders", "nibble.bigdl.older_folder", "nibble.bigdl.convert",
     "nibble.compat", "nibble.operator",
     "nibble.quality", "nibble.quality.table", "nibble.tasks.evaluate", "nibble.commands.evaluate",

@@ -1,0 +1,440 @@
+"""The loop: transformers' Trainer, fed by a `Deck`, watched at every step, leaving checkpoints that it can go on from.
+
+Promises that a loss or gradient which is no number ends the run before it changes the adapter, that a stop falls
+between two updates and never into one, and that a run which goes on equals one that was never broken, bit for bit on a
+CPU. Knows nothing of files but the checkpoints', and of who is told.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from types import FrameType
+from typing import Any
+
+import peft
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from nibble import publish
+from nibble.errors import NibbleError
+from nibble.training import checkpoints, state
+from nibble.training.feed import Deck, Segment, collator
+from nibble.training.learner import Learner, evaluating
+from nibble.training.recipe import Recipe
+
+ADAPTER = "adapter_model.safetensors"
+
+
+class Diverged(NibbleError):
+    """A loss or gradient that is no finite number."""
+
+
+@dataclass
+class Listener:
+    """Who is told, on the first process alone."""
+
+    step: Callable[[int, int], None] = lambda done, total: None
+    """Steps done, steps in all."""
+    row: Callable[..., None] = lambda **numbers: None
+    """Numbers of one row of the log."""
+    note: Callable[[str], None] = lambda text: None
+
+
+@dataclass
+class Course:
+    """What a run takes: its rows in order, what is held out, and how often things are done."""
+
+    recipe: Recipe
+    deck: Deck
+    heldout: Sequence[list[Segment]]
+    padding: int
+    steps: int
+    packed: bool = False
+    only: int = 0
+    """Stop after so many steps, keeping nothing, as a dry run does; 0 goes to the end."""
+
+
+@dataclass
+class Teacher:
+    """One run of the loop."""
+
+    learner: Learner
+    course: Course
+    folder: Path
+    """Of the run; `checkpoints/` lies in it."""
+    device: str
+    listener: Listener = field(default_factory=Listener)
+
+    def __post_init__(self) -> None:
+        self.trainer = _Trainer(self)
+
+    def train(self, resume: Path | None = None) -> None:
+        """Train to the end, from a checkpoint where one is given.
+
+        Raises:
+            Diverged: at the step that would have spoilt the adapter, which is kept as a checkpoint as it was.
+        """
+        try:
+            # How good the base is, before anything is learnt.
+            self.trainer.args.eval_on_start = resume is None and self.trainer.args.eval_strategy != "no"
+            self.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        except Diverged:
+            if not self.course.only and self.step and self.step not in self.kept:
+                self.trainer.keep()
+            raise
+        finally:
+            self.trainer.watch.lower()
+
+    def keep(self) -> None:
+        """Leave a checkpoint of the last whole step, unless there is one, or this is one of several processes."""
+        if self.trainer.args.world_size == 1 and self.step and self.step not in self.kept:
+            self.trainer.keep()
+
+    @property
+    def kept(self) -> list[int]:
+        """Steps that have a checkpoint."""
+        return [found.step for found in checkpoints.whole(self.folder)]
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return int(self.trainer.state.global_step)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The log so far, of all attempts."""
+        return self.trainer.state.log_history
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The median of the steps after the first; of the first where there is no other."""
+        times = self.trainer.watch.seconds
+        return median(times[1:] or times or [0.0])
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Step and held-out loss of the best measurement after the first step."""
+        measured = [(row["eval_loss"], row["step"]) for row in self.rows if row.get("step") and "eval_loss" in row]
+        return min(measured)[::-1] if measured else None
+
+
+def heldout_loss(
+    model: torch.nn.Module, rows: Sequence[list[Segment]], padding: int, batch: int, device: torch.device | str
+) -> float:
+    """Mean loss of a trained token over rows; dropout is off meanwhile, and each token counts the same.
+
+    Args:
+        model: takes `input_ids`, `attention_mask` and gives `logits`.
+        rows: one sample each.
+        padding: token to pad with.
+        batch: rows at a time.
+        device: of the model.
+    """
+    lengths = sorted(range(len(rows)), key=lambda row: sum(len(ids) for ids, _ in rows[row]))
+    total, count = _summed_loss(model, [rows[row] for row in lengths], padding, batch, device)
+    return total / count if count else math.nan
+
+
+def _summed_loss(
+    model: torch.nn.Module, rows: Sequence[list[Segment]], padding: int, batch: int, device: torch.device | str
+) -> tuple[float, int]:
+    collate, trained = collator(padding), model.training
+    total, count = 0.0, 0
+    evaluating(model)
+    try:
+        with torch.no_grad():
+            for start in range(0, len(rows), batch):
+                inputs = {key: value.to(device) for key, value in collate(rows[start : start + batch]).items()}
+                labels = inputs.pop("labels")[:, 1:]
+                logits = model(**inputs).logits[:, :-1].float()
+                losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+                total += float(losses)
+                count += int((labels != -100).sum())
+    finally:
+        model.train(trained)
+    return total, count
+
+
+class _Watch(TrainerCallback):
+    """Tells of each step, times it, remembers the dice it ended with, and keeps a stop from falling into an update."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self._teacher = teacher
+        self._began = time.perf_counter()
+        self._shield = Shield()
+        self.seconds: list[float] = []
+        self.dice = state.dice()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """A step begins."""
+        self._began = time.perf_counter()
+        return control
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """The adapter is about to change."""
+        self._shield.up()
+        return control
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """The adapter and the count of steps agree again."""
+        self.seconds.append(time.perf_counter() - self._began)
+        self.roll()
+        course = self._teacher.course
+        if course.only and state.global_step >= course.only:
+            control.should_training_stop, control.should_save, control.should_evaluate = True, False, False
+        if state.is_world_process_zero:
+            self._teacher.listener.step(state.global_step, course.steps)
+        self._shield.down()
+        return control
+
+    def roll(self) -> None:
+        """Remember the generators as they are."""
+        self.dice = state.dice()
+
+    def lower(self) -> None:
+        """Let stops through, whatever happened."""
+        self._shield.down()
+
+
+class Shield:
+    """While it is up a stop or Ctrl+C waits; when it is taken down, what waited comes."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self._before: dict[int, Any] = {}
+        self._waiting: list[int] = []
+
+    def up(self) -> None:
+        """Only the main thread can say what a signal does; elsewhere there is nothing to hold back."""
+        if not self._before and threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._hold) for number in self.SIGNALS}
+
+    def _hold(self, number: int, frame: FrameType | None) -> None:
+        self._waiting.append(number)
+
+    def down(self) -> None:
+        """Put the handlers back and call the one whose signal came."""
+        before, self._before = self._before, {}
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        waiting, self._waiting = self._waiting, []
+        for number in waiting:
+            signal.raise_signal(number)
+
+
+class _Trainer(transformers.Trainer):
+    """transformers' loop with our checks, measurements and checkpoints."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+        course, learner = teacher.course, teacher.learner
+        args = arguments(teacher)
+        super().__init__(
+            model=learner.model, args=args, train_dataset=course.deck, eval_dataset=list(course.heldout) or None,
+            data_collator=collator(course.padding, learner.dtype if course.packed else None),
+        )  # fmt: skip
+        self.remove_callback(PrinterCallback)
+        self.watch = _Watch(teacher)
+        self.add_callback(self.watch)
+
+    # Order
+
+    def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler[int]:
+        # The deck is shuffled already.
+        return torch.utils.data.SequentialSampler(self.teacher.course.deck)
+
+    # Numbers that are none
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As Trainer's; a loss that is no number ends the run here."""
+        loss = super().training_step(*args, **kwargs)
+        # Of several processes each must learn of it: it reaches their gradients, which are averaged.
+        if self.args.world_size == 1 and not bool(torch.isfinite(loss).all()):
+            self._diverged("loss", float(loss))
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        value = float(norm) if norm is not None else 0.0
+        scaler = getattr(self.accelerator, "scaler", None)
+        # With a scaler an overflow only lowers the scale, until there is nothing left to lower.
+        if not math.isfinite(value) and (scaler is None or scaler.get_scale() <= 1.0):
+            self._diverged("gradient", value)
+        return norm
+
+    def _diverged(self, what: str, value: float) -> None:
+        step = self.state.global_step + 1
+        kind = "not a number" if math.isnan(value) else "infinite"
+        kept = f" The adapter of step {step - 1} is kept." if step > 1 and not self.teacher.course.only else ""
+        raise Diverged(
+            f"The {what} became {kind} in step {step}, so the run stopped before that step changed anything.{kept}",
+            "Lower learning_rate, or look for odd rows in the data; dtype float32 bears larger numbers.",
+        )
+
+    # What is told
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer's, and told to the listener."""
+        course, step = self.teacher.course, self.state.global_step
+        rows = step * course.recipe.batch_size * course.recipe.accumulation
+        self.state.epoch = rows / len(course.deck.rows)
+        super().log(logs)
+        if self.is_world_process_zero() and "train_runtime" not in logs:
+            numbers = {key: float(value) for key, value in logs.items() if isinstance(value, (int, float))}
+            if "loss" in numbers:
+                numbers["epoch"] = self.state.epoch
+            self.teacher.listener.row(step=step, **{key: n for key, n in numbers.items() if math.isfinite(n)})
+
+    # What is held out
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Mean loss of a token that is held out, each process measuring its share."""
+        course, rank, world = self.teacher.course, self.args.process_index, self.args.world_size
+        batch = max(1, course.recipe.batch_size)
+        total, count = _summed_loss(
+            self.teacher.learner.model, course.heldout[rank::world], course.padding, batch, self.args.device
+        )
+        if world > 1:
+            both = torch.tensor([total, count], dtype=torch.float32, device=self.args.device)
+            total, count = self.accelerator.reduce(both, "sum").tolist()
+        loss = total / count if count else math.nan
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"The held-out loss after step {self.state.global_step} is no number.", "Lower learning_rate."
+            )
+        self.log({"eval_loss": loss})
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {"eval_loss": loss})
+        self._judge()
+        return {"eval_loss": loss}
+
+    def _judge(self) -> None:
+        """Keep the best measurement, and stop after so many that were no better, where the recipe says so."""
+        patience, measured = self.teacher.course.recipe.early_stop, self.teacher.best
+        if not patience or not self.state.global_step or measured is None:
+            return
+        since = [row for row in self.state.log_history if "eval_loss" in row and row["step"] > measured[0]]
+        if measured[0] == self.state.global_step:
+            self.control.should_save = True
+        if len(since) >= patience:
+            self.control.should_training_stop = True
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.keep()
+
+    def keep(self) -> None:
+        """Write a checkpoint of the last whole step."""
+        self.watch.lower()
+        step = self.state.global_step
+        dice = [self.watch.dice]
+        if self.args.world_size > 1:
+            dice = [None] * self.args.world_size  # type: ignore[list-item]
+            torch.distributed.all_gather_object(dice, self.watch.dice)
+        if not self.args.should_save:
+            return
+        facts = {
+            "kind": checkpoints.KIND,
+            "step": step,
+            "loss": self._latest("loss"),
+            "eval_loss": self._latest("eval_loss", step),
+            "threads": torch.get_num_threads(),
+            "processes": self.args.world_size,
+        }
+        with publish.publication(checkpoints.place(self.teacher.folder, step), facts) as fresh:
+            save_adapter(self.teacher.learner.model, fresh)
+            scaler = getattr(self.accelerator, "scaler", None)
+            assert self.optimizer is not None and self.lr_scheduler is not None
+            more = {"scaler": scaler.state_dict()} if scaler is not None else {}
+            state.write(fresh, self.optimizer.state_dict(), self.lr_scheduler.state_dict(), dice, **more)
+            self.state.save_to_json(str(fresh / "trainer_state.json"))
+        checkpoints.thin(self.teacher.folder)
+
+    def _latest(self, key: str, step: int | None = None) -> float | None:
+        rows = [row for row in self.state.log_history if key in row and (step is None or row["step"] == step)]
+        return rows[-1][key] if rows else None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_adapter(self.teacher.learner.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        found = state.read(Path(checkpoint))
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        self.optimizer.load_state_dict(found["optimizer"])
+        self.lr_scheduler.load_state_dict(found["schedule"])
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None and "scaler" in found["more"]:
+            scaler.load_state_dict(found["more"]["scaler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        dice, rank = state.read(Path(checkpoint))["dice"], self.args.process_index
+        if rank < len(dice):
+            state.cast(dice[rank])
+            self.watch.roll()
+
+
+def arguments(teacher: Teacher) -> TrainingArguments:
+    """The recipe in the words of transformers.
+
+    Raises:
+        NibbleError: the batch cannot be shared by the devices evenly.
+    """
+    course, recipe = teacher.course, teacher.course.recipe
+    cpu, shared = teacher.device == "cpu", int(os.environ.get("WORLD_SIZE", "1")) > 1
+    args = TrainingArguments(
+        output_dir=str(teacher.folder / checkpoints.FOLDER), max_steps=course.steps,
+        per_device_train_batch_size=recipe.batch_size, gradient_accumulation_steps=recipe.accumulation,
+        learning_rate=recipe.learning_rate, warmup_steps=recipe.warmup_steps, lr_scheduler_type=recipe.scheduler,
+        optim=recipe.optimizer, weight_decay=recipe.weight_decay, max_grad_norm=recipe.max_grad_norm,
+        logging_steps=recipe.logging_steps, logging_first_step=True, logging_nan_inf_filter=False,
+        save_strategy="no" if course.only else "steps", save_steps=recipe.save_steps,
+        eval_strategy="steps" if course.heldout and not course.only else "no",
+        eval_steps=recipe.eval_steps or recipe.save_steps, seed=recipe.seed, data_seed=recipe.seed, use_cpu=cpu,
+        bf16=False, fp16=not cpu and teacher.learner.dtype == torch.float16, report_to=[], disable_tqdm=True,
+        remove_unused_columns=False, dataloader_pin_memory=not cpu, ddp_find_unused_parameters=False,
+        ddp_backend="gloo" if cpu and shared else None, log_level="error",
+    )  # fmt: skip
+    world = args.world_size
+    if recipe.batch_size % world:
+        raise NibbleError(
+            f"batch_size is {recipe.batch_size}, which {world} devices cannot share evenly.",
+            f"Take a multiple of {world}.",
+        )
+    args.per_device_train_batch_size = recipe.batch_size // world
+    # Several GPUs in one process would be used by copying the model in each step; one process a GPU does better.
+    _ = args.device
+    args._n_gpu = min(args._n_gpu, 1)
+    return args
+
+
+def save_adapter(model: peft.PeftModel, folder: Path) -> None:
+    """Write an adapter in PEFT's own form, without the card that PEFT adds."""
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def load_adapter(model: peft.PeftModel, folder: Path) -> None:
+    """Put the numbers of a saved adapter into the one that is on a model."""
+    peft.set_peft_model_state_dict(model, load_file(folder / ADAPTER))
