@@ -8,20 +8,16 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from nibble.config import Settings, check_keys, read_yaml
+from nibble.config import Settings
 from nibble.data import ColumnMap
-from nibble.errors import ConfigError
 from nibble.jobs import run_foreground
 from nibble.jobs.progress import duration, size
-from nibble.training.recipe import NAMES, SPEC, Recipe, from_spec
+from nibble.training.recipe import NAMES, Recipe, from_spec, read_spec
 
 SETTINGS = ["home", "device"]
 
 ALIASES = {"model": "--base"}
 """Field of the recipe -> the flag's better name on a console; the field's own name works too."""
-
-RUN_KEYS = ("task", "spec", "exclusive", "created")
-"""What a job's run.yaml says; a plain recipe has none of these."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -60,23 +56,6 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
         print(json.dumps(result, ensure_ascii=False, indent=2))
         return
     print("\n".join(lines(result)))
-
-
-def read_spec(path: Path) -> dict[str, Any]:
-    """The settings in a file: a recipe, or the run.yaml of a job.
-
-    Raises:
-        ConfigError: it is neither, or of a job of another kind.
-    """
-    values = read_yaml(path)
-    if "spec" not in values:
-        check_keys(values, [*NAMES, *SPEC], str(path))
-        return values
-    check_keys(values, list(RUN_KEYS), str(path))
-    spec = values["spec"]
-    if values.get("task") != "finetune" or not isinstance(spec, dict):
-        raise ConfigError(f"{path} is the run of another task.", "Name one whose task is finetune.")
-    return {key: value for key, value in spec.items() if key in NAMES}
 
 
 def absolute(name: str) -> str:

@@ -414,7 +414,7 @@ def arguments(teacher: Teacher) -> TrainingArguments:
         eval_steps=recipe.eval_steps or recipe.save_steps, seed=recipe.seed, data_seed=recipe.seed, use_cpu=cpu,
         bf16=False, fp16=not cpu and teacher.learner.dtype == torch.float16, report_to=[], disable_tqdm=True,
         remove_unused_columns=False, dataloader_pin_memory=not cpu, ddp_find_unused_parameters=False,
-        ddp_backend="gloo" if cpu and shared else None, log_level="error",
+        ddp_broadcast_buffers=False, ddp_backend="gloo" if cpu and shared else None, log_level="error",
     )  # fmt: skip
     world = args.world_size
     if recipe.batch_size % world:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-from nibble.config import check_keys
+from nibble.config import check_keys, read_yaml
 from nibble.errors import ConfigError
 from nibble.lowbit.formats import resolve
 
@@ -113,6 +114,27 @@ def from_spec(spec: Mapping[str, Any]) -> Recipe:
     """
     check_keys(spec, [*NAMES, *SPEC], "finetune")
     return Recipe(**{key: value for key, value in spec.items() if key in NAMES and value is not None})
+
+
+RUN_KEYS = ("task", "spec", "exclusive", "created")
+"""What a job's run.yaml says; a plain recipe has none of these."""
+
+
+def read_spec(path: Path) -> dict[str, Any]:
+    """The settings in a file: a recipe, or the run.yaml of a job.
+
+    Raises:
+        ConfigError: it is neither, or of a job of another kind.
+    """
+    values = read_yaml(path)
+    if "spec" not in values:
+        check_keys(values, [*NAMES, *SPEC], str(path))
+        return values
+    check_keys(values, [*RUN_KEYS], str(path))
+    spec = values["spec"]
+    if values.get("task") != "finetune" or not isinstance(spec, dict):
+        raise ConfigError(f"{path} is the run of another task.", "Name one whose task is finetune.")
+    return {key: value for key, value in spec.items() if key in NAMES}
 
 
 NAMES = tuple(item.name for item in fields(Recipe))
