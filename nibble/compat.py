@@ -30,8 +30,11 @@ AUTO = {
 }
 QLORA = {
     name: f"nibble.qlora:{name}"
-    for name in ("LoraConfig", "PeftModel", "get_peft_model", "prepare_model_for_kbit_training")
-}
+    for name in (
+        "LoraConfig", "PeftModel", "TrainingArguments", "cast_lora_weight", "get_peft_model",
+        "prepare_model_for_kbit_training",
+    )
+}  # fmt: skip
 TOP = {"optimize_model": "nibble.compat:optimize_model"}
 
 NAMES: dict[str, dict[str, str]] = {

@@ -46,7 +46,7 @@ INSIDE = {
     | {"training", "transformers", "qlora", "lowbit", "devices", "publish", "data", "prompts", "engines.base"}
     | {"tasks", "adapters", "sources.safetensors"},
     "adapters": READING | {"adapters", "publish", "lowbit.formats"},
-    "qlora": {"qlora", "transformers", "lowbit"},
+    "qlora": {"qlora", "transformers", "lowbit", "devices", "training.recipe"},
     "merging": READING
     | {"merging", "adapters", "shards", "publish", "packing", "lowbit", "transformers", "qlora", "devices", "prompts"}
     | {"tasks"},
