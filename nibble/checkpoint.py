@@ -50,15 +50,25 @@ def read_config(folder: Path) -> dict[str, Any]:
         ModelError: missing, or not a JSON object.
     """
     if not (folder / "config.json").exists():
-        if next(folder.glob("*.gguf"), None):
-            raise SourceError(f"{folder.name} holds a GGUF file, which is not loaded as it is.", convert_hint(folder))
+        if is_gguf(folder):
+            raise gguf_alone(folder)
         raise ModelError(f"{folder.name} has no config.json.", "Name a Hugging Face model folder.")
     return read_json(folder / "config.json")
+
+
+def is_gguf(folder: Path) -> bool:
+    """Whether a folder's weights are a GGUF file alone; config.json often lies beside it."""
+    return any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors"))
 
 
 def convert_hint(folder: Path) -> str:
     """What to do with a folder that can only be converted."""
     return f"Make a low-bit model of it: Shrink on the Models tab, or `nibble quantize {folder.name}`."
+
+
+def gguf_alone(folder: Path) -> SourceError:
+    """What is said to whoever wants to load a GGUF file."""
+    return SourceError(f"{folder.name} holds a GGUF file, which is not loaded as it is.", convert_hint(folder))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from nibble.checkpoint import (
     CONTEXT_KEYS,
     dtype_name,
     elements,
+    is_gguf,
     read_config,
     read_header,
     weight_files,
@@ -238,9 +239,9 @@ def inspect(folder: Path, name: str = "") -> ModelCard:
 
 def _source_card(folder: Path, name: str, note: str) -> ModelCard:
     """The card of a folder that can only be converted; how many parameters it packs is not told by its headers."""
-    gguf = list(folder.glob("*.gguf"))
+    gguf = list(folder.glob("*.gguf")) if is_gguf(folder) else []
     config: dict[str, Any] = read_config(folder) if (folder / "config.json").exists() else {}
-    files = gguf or list(folder.glob("pytorch_model*.bin")) if not config or BIGDL_KEY in config else []
+    files = gguf or (list(folder.glob("pytorch_model*.bin")) if BIGDL_KEY in config else [])
     return ModelCard(
         name=name,
         folder=folder,

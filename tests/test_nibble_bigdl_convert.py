@@ -197,6 +197,7 @@ def prompt_of(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("which", "formats"), [("stories", SPOKEN), ("guide_model", ("sym_int4", "asym_int5"))])
 def test_the_same_text_as_there(
     bigdl_python: Path, request: pytest.FixtureRequest, tmp_path: Path, which: str, formats: tuple[str, ...]

@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from nibble.errors import ModelError
+from nibble.errors import ModelError, SourceError
+from nibble.estimate import estimates
 from nibble.lowbit.blocks import QuantizedTensor, unpack_bits
 from nibble.lowbit.linear import LowBitLinear
+from nibble.probe import unmeasured
+from nibble.screen import check
 from nibble.sources import open_source
 from nibble.sources.awq import Gemm
 from nibble.tasks import quantize
@@ -112,6 +115,10 @@ def test_settings_may_stand_beside(checkpoint: tuple[Path, dict[str, Grouped]], 
     (tmp_path / "quant_config.json").write_text(json.dumps(beside))
     source = open_source(tmp_path)
     assert {source.tensors[name].low_bit for name in matrices} == {"asym_int4"}
+    with pytest.raises(SourceError, match="AWQ checkpoint"):
+        check(tmp_path)
+    estimate = estimates(tmp_path, unmeasured(), formats=["asym_int4"])[0]
+    assert estimate == estimates(folder, unmeasured(), formats=["asym_int4"])[0]
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,15 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from nibble import library
 from nibble.errors import ModelError
+from nibble.estimate import estimates
 from nibble.lowbit.blocks import QuantizedTensor
 from nibble.lowbit.blocks import quantize as quantize_here
 from nibble.lowbit.ggml import Blocks
 from nibble.lowbit.linear import LowBitLinear
 from nibble.packing import Packing, pack, plan
+from nibble.probe import unmeasured
 from nibble.sources import gguf_tokenizer, open_source
 from nibble.sources.gguf import OURS
 from nibble.sources.gguf_families import shortest
@@ -529,3 +532,16 @@ def test_a_piece_of_a_model_says_how_to_merge(tiny: Callable[..., Path], tmp_pat
 
     with pytest.raises(ModelError, match="one piece of 2"):
         open_source(write_gguf(tiny("qwen2"), tmp_path / "model.gguf", also=also))
+
+
+def test_a_config_that_lies_beside_the_file_is_let_lie(tiny: Callable[..., Path], tmp_path: Path, home: Path) -> None:
+    """As in many a hub's GGUF repository: the file speaks for itself, and is listed as what it is."""
+    source = tiny("qwen2")
+    folder = home / "models" / "both"
+    folder.mkdir(parents=True)
+    write_gguf(source, folder / "model.gguf", also=vocabulary(96))
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    card = next(card for card in library.models(home) if card.name == "both")
+    assert (card.kind, card.format, card.problem) == ("source", "gguf", "")
+    assert estimates(folder, unmeasured())
+    assert open_source(folder).tensors.keys() == open_source(folder / "model.gguf").tensors.keys()

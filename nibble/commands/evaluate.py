@@ -27,7 +27,10 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     spec = {key: getattr(arguments, key) for key in ("model", "against", "text", "tokens", "config")}
     spec |= {"low_bit": [name.strip() for name in arguments.low_bit.split(",") if name.strip()]}
     spec |= {"home": str(settings.home_folder), "device": settings.device, "paths": True}
-    found = run_foreground("evaluate", {key: value for key, value in spec.items() if value}, home=settings.home_folder)
+    # Beside another job on the same device the measured speed would be nobody's: this waits for it.
+    device = "cpu" if settings.device == "auto" else settings.device
+    wanted = {key: value for key, value in spec.items() if value}
+    found = run_foreground("evaluate", wanted, home=settings.home_folder, exclusive=device)
     if arguments.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return

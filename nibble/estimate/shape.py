@@ -14,9 +14,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from nibble.checkpoint import DTYPE_BITS, read_config, read_header, weight_files
+from nibble.checkpoint import DTYPE_BITS, is_gguf, read_config, read_header, weight_files
 from nibble.errors import ModelError
 from nibble.lowbit.formats import FORMATS, Format, resolve
+from nibble.screen import OURS, packing
 
 HEADS = {"lm_head", "embed_out", "output"}
 """Names of a model's output layer, which may be missing from the files: then it is the embedding's."""
@@ -97,15 +98,13 @@ def read_shape(folder: Path) -> Shape:
     Raises:
         ModelError: the folder's files cannot be read, or hold no model.
     """
-    file = next(iter(sorted(folder.glob("*.gguf"))), None)
-    if file is not None and not (folder / "config.json").exists():
-        return _gguf_shape(file)
+    if is_gguf(folder):
+        return _gguf_shape(min(folder.glob("*.gguf")))
     config, files = read_config(folder), weight_files(folder)
     tensors = {name: tensor for file in files for name, tensor in read_header(file).items()}
-    packing = config.get("quantization_config")
-    packing = packing if isinstance(packing, dict) else {}
-    method = str(packing.get("quant_method") or "")
-    form = resolve(packing.get("low_bit", "sym_int4")).name if method == "nibble" else ""
+    stored = packing(folder, config)
+    method = str(stored.get("quant_method") or "")
+    form = resolve(stored.get("low_bit", "sym_int4")).name if method == OURS else ""
     sizes = {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
     matrices: dict[str, Matrix] = {}
     if form:
@@ -116,7 +115,7 @@ def read_shape(folder: Path) -> Shape:
             if name.removesuffix("_scale") not in matrices
         )
     elif method in ("awq", "gptq"):
-        sizes = _unpacked_sizes(sizes, method, packing)
+        sizes = _unpacked_sizes(sizes, method, stored)
     dense = {name: size for name, size in sizes.items() if name.removesuffix("_scale") not in matrices}
     size_bytes = sum(file.stat().st_size for file in files)
     return _shape(config, dense, matrices, form, size_bytes, stored_bytes if form else None)
@@ -218,10 +217,10 @@ def _packed(tensors: Mapping[str, Any], declared: Format) -> dict[str, Matrix]:
 
 
 def _unpacked_sizes(
-    sizes: Mapping[str, tuple[int, ...]], method: str, packing: Mapping[str, Any]
+    sizes: Mapping[str, tuple[int, ...]], method: str, stored: Mapping[str, Any]
 ) -> dict[str, tuple[int, ...]]:
     """Sizes of the weights in `qweight` tensors of AWQ [in, out / 8] and GPTQ [in / 8, out]; 8 is for 4 bits."""
-    bits = min(_whole(packing, "bits", "w_bit") or 4, 32)
+    bits = min(_whole(stored, "bits", "w_bit") or 4, 32)
     found: dict[str, tuple[int, ...]] = {}
     for name, size in sizes.items():
         stem, _, kind = name.rpartition(".")

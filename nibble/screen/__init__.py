@@ -19,6 +19,8 @@ from nibble.checkpoint import (
     TOKENIZER_FILES,
     check_size,
     convert_hint,
+    gguf_alone,
+    is_gguf,
     read_config,
     read_header,
     read_json,
@@ -29,7 +31,7 @@ from nibble.screen.entries import check_entries
 from nibble.screen.keys import check_keys, check_sizes
 from nibble.screen.templates import check_template, templates
 
-__all__ = ["check", "check_adapter", "check_code", "check_source", "templates"]
+__all__ = ["check", "check_adapter", "check_code", "check_source", "packing", "quant_method", "templates"]
 
 OLDER_FAMILIES = {
     "qwen": "Qwen (the first)", "chatglm": "ChatGLM", "baichuan": "Baichuan", "internlm": "InternLM",
@@ -45,6 +47,9 @@ OURS = "nibble"
 
 CONVERTED = {"gptq": "GPTQ", "awq": "AWQ"}
 """`quant_method` of the checkpoints that low-bit models are made of -> what people call them."""
+
+EARLIER = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Where the method's own program put its settings before config.json held them -> the method."""
 
 MAX_VOCABULARY_BYTES = 96 * 2**20
 SETTINGS_FILES = ("*config.json", "special_tokens_map.json", "chat_template.json")
@@ -66,6 +71,8 @@ def check(folder: Path, *, trust_remote_code: bool = False, tokenizer: bool = Tr
     """
     check_source(folder, trusted=trust_remote_code, weights=weights)
     config = read_config(folder)
+    if is_gguf(folder):
+        raise gguf_alone(folder)
     if BIGDL_KEY in config:
         raise SourceError(
             f"{folder.name} was saved by BigDL-LLM or IPEX-LLM, whose weight files are pickles.",
@@ -104,8 +111,8 @@ def check_source(folder: Path, *, trusted: bool = False, weights: bool = True) -
         raise ModelError(
             f"There is no folder {folder}.", "Name a folder that holds config.json and safetensors weights."
         )
-    gguf = next(folder.glob("*.gguf"), None)
-    if (folder / "config.json").exists() or gguf is None:
+    gguf = is_gguf(folder)
+    if (folder / "config.json").exists() or not gguf:
         config = read_config(folder)
         check_code(folder, config, trusted=trusted)
         _check_quantization(folder, config)
@@ -114,7 +121,7 @@ def check_source(folder: Path, *, trusted: bool = False, weights: bool = True) -
                 f"{folder.name} holds an adapter beside the model, which transformers would put on it unasked.",
                 "Move adapter_config.json and the adapter's weights to a folder of their own, under home/adapters.",
             )
-        if weights and BIGDL_KEY not in config:
+        if weights and not gguf and BIGDL_KEY not in config:
             tensors = sum(len(read_header(file)) for file in weight_files(folder))
             check_sizes(folder, config, tensors)
     else:
@@ -183,7 +190,7 @@ def quant_method(folder: Path, config: dict[str, Any]) -> str:
     """
     said = config.get("quantization_config")
     if said is None:
-        return ""
+        return str(packing(folder, config).get("quant_method", ""))
     method = said.get("quant_method") if isinstance(said, dict) else None
     if not isinstance(method, str) or not method:
         raise ModelError(
@@ -196,6 +203,21 @@ def quant_method(folder: Path, config: dict[str, Any]) -> str:
             f"quantization_config in config.json of {folder.name} contradicts itself.", "Get the model from its maker."
         )
     return method
+
+
+def packing(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """How a folder's weights are packed, and by what (`quant_method`): as config.json says it, or an earlier file.
+
+    Raises:
+        ModelError: the earlier file cannot be read.
+    """
+    said = config.get("quantization_config")
+    if said is not None:
+        return dict(said) if isinstance(said, dict) else {}
+    for file, method in EARLIER.items():
+        if (folder / file).is_file():
+            return {**read_json(folder / file), "quant_method": method}
+    return {}
 
 
 def _check_quantization(folder: Path, config: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nibble import screen
-from nibble.checkpoint import convert_hint, read_config
+from nibble.checkpoint import convert_hint, is_gguf, read_config
 from nibble.errors import ModelError
 from nibble.sources.base import Source, Stored
 
@@ -18,9 +18,6 @@ __all__ = ["Source", "Stored", "open_source"]
 
 PACKERS = {"": "safetensors", "awq": "awq", "gptq": "gptq"}
 """`quant_method` of config.json -> module of this package that reads such folders."""
-
-EARLIER = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-"""Where the method's own program put its settings before config.json held them -> the method."""
 
 
 def open_source(folder: Path, *, trusted: bool = False) -> Source:
@@ -36,11 +33,10 @@ def open_source(folder: Path, *, trusted: bool = False) -> Source:
     if folder.suffix == ".gguf" and folder.is_file():
         return _module("gguf").open(folder)  # type: ignore[no-any-return]
     screen.check_source(folder, trusted=trusted)
-    if not (folder / "config.json").exists():
+    if is_gguf(folder):
         return _module("gguf").open(_gguf_file(folder))  # type: ignore[no-any-return]
     config = read_config(folder)
-    earlier = next((method for file, method in EARLIER.items() if (folder / file).is_file()), "")
-    method = screen.quant_method(folder, config) or earlier
+    method = screen.quant_method(folder, config)
     if method == screen.OURS:
         raise ModelError(
             f"{folder.name} is a low-bit model already, and quantizing it again would lose twice.",

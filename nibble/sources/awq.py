@@ -11,11 +11,10 @@ from pathlib import Path
 
 import torch
 
+from nibble.checkpoint import read_config
 from nibble.errors import ModelError
-from nibble.sources.groups import Checkpoint, Matrix, open_checkpoint, settings_of, unpack_words
-
-BESIDE = "quant_config.json"
-"""Where AutoAWQ put its settings before config.json held them."""
+from nibble.screen import packing
+from nibble.sources.groups import Checkpoint, Matrix, open_checkpoint, unpack_words
 
 PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
 """Column of eight -> its place in the word."""
@@ -52,7 +51,7 @@ def open(folder: Path) -> Checkpoint:  # noqa: A001 - each module of this packag
     Raises:
         ModelError: another layout than GEMM's, or broken.
     """
-    settings = settings_of(folder, BESIDE)
+    settings = packing(folder, read_config(folder))
     version = str(settings.get("version") or "gemm").lower()
     bits = settings.get("bits", settings.get("w_bit", 4))
     if version != "gemm" or bits != 4:

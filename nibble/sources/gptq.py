@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 
+from nibble.checkpoint import read_config
 from nibble.errors import ModelError
-from nibble.sources.groups import Checkpoint, Matrix, malformed, open_checkpoint, settings_of, unpack_words
-
-BESIDE = "quantize_config.json"
-"""Where AutoGPTQ puts its settings; config.json holds them since transformers knows them."""
+from nibble.screen import packing
+from nibble.sources.groups import Checkpoint, Matrix, malformed, open_checkpoint, unpack_words
 
 BITS = (2, 3, 4, 8)
 
@@ -73,7 +72,7 @@ def open(folder: Path) -> Checkpoint:  # noqa: A001 - each module of this packag
     Raises:
         ModelError: another layout, or broken.
     """
-    settings = settings_of(folder, BESIDE)
+    settings = packing(folder, read_config(folder))
     form = str(settings.get("checkpoint_format") or "gptq")
     if form not in LESS_ONE:
         raise ModelError(

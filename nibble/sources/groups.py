@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from nibble.checkpoint import read_config, read_json
 from nibble.errors import ModelError
 from nibble.lowbit.blocks import QuantizedTensor
 from nibble.lowbit.formats import FORMATS
@@ -210,14 +209,6 @@ def open_checkpoint(folder: Path, layout: type[Matrix], kind: str, settings: Map
             f"{files.name} says that it is {kind.upper()}, and holds no packed weight.", "Download it again."
         )
     return Checkpoint(files, kind, matrices)
-
-
-def settings_of(folder: Path, beside: str) -> dict[str, Any]:
-    """`quantization_config` of config.json, or what stands in the file that earlier versions wrote beside it."""
-    settings = read_config(folder).get("quantization_config")
-    if not settings and (folder / beside).is_file():
-        settings = read_json(folder / beside)
-    return dict(settings) if isinstance(settings, dict) else {}
 
 
 def malformed(path: str, why: str) -> ModelError:

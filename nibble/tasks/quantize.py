@@ -17,7 +17,7 @@ from typing import Any
 from nibble import library, screen
 from nibble.bigdl.convert import convert
 from nibble.bigdl.folders import saved_format
-from nibble.checkpoint import read_config
+from nibble.checkpoint import is_gguf, read_config
 from nibble.config import Settings, check_keys, load_settings
 from nibble.errors import ModelError, NibbleError
 from nibble.lowbit.formats import ALIASES, Format, resolve
@@ -304,7 +304,7 @@ def _in_full(origin: Path) -> bool:
     if not (origin / "config.json").exists():
         return False
     config = read_config(origin)
-    return not config.get("quantization_config") and not saved_format(config)
+    return not screen.packing(origin, config) and not saved_format(config) and not is_gguf(origin)
 
 
 def _name(origin: Path) -> str:
@@ -317,7 +317,7 @@ def _name(origin: Path) -> str:
 def _unwritten(error: OSError, home: Path) -> ModelError:
     if error.errno in FULL:
         return ModelError(
-            "The disk became full while the model was written; nothing was changed.",
+            "The disk became full while the model was written; what is there is whole.",
             f"Make room in {home}, then start again.",
         )
     return ModelError(f"Writing failed: {error.strerror or error}.", f"Check {home} and its permissions.")
