@@ -26,9 +26,9 @@ SERVER = """
 import json, sys, time
 from pathlib import Path
 from nibble import jobs
-home, spec = Path(sys.argv[1]), json.loads(sys.argv[2])
+home, spec, task = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
 if spec:
-    jobs.start("quantize", spec | {"home": str(home)}, home=home, exclusive="cpu")
+    jobs.start(task, spec | {"home": str(home)}, home=home, exclusive="cpu")
 while True:
     found = [[job.id, job.state, job.status.pid, job.progress.done] for job in jobs.list_jobs(home)]
     sys.stdout.write(json.dumps(found) + "\\n")
@@ -41,9 +41,9 @@ while True:
 class Server:
     """The program above, in a process of its own."""
 
-    def __init__(self, home: Path, spec: dict[str, Any] | None = None) -> None:
+    def __init__(self, home: Path, spec: dict[str, Any] | None = None, task: str = "quantize") -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(home), json.dumps(spec or {})], cwd=ROOT, text=True,
+            [sys.executable, "-c", SERVER, str(home), json.dumps(spec or {}), task], cwd=ROOT, text=True,
             start_new_session=True, stdout=subprocess.PIPE,
         )  # fmt: skip
 

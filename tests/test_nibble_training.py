@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -30,16 +31,30 @@ def learning(home: Path, guide_model: Path) -> Path:
     return furnish(home, guide_model)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """So small a model waits for a second thread longer than it computes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def warm(action: str, guide: Path, place: Path, count: int) -> dict[str, Any]:
+    """What the process of `tests.support.learning` found."""
+    seed = random.SystemRandom().randrange(10**6)
+    print("seed", seed)
+    command = [sys.executable, "-m", "tests.support.learning", action, str(guide), str(place), str(count), str(seed)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
 @pytest.mark.parametrize("count", [3, pytest.param(50, marks=[pytest.mark.full, pytest.mark.timeout(1800)])])
 def test_killed_and_resumed_runs_end_with_the_unbroken_runs_adapter(
     count: int, tmp_path: Path, guide_model: Path
 ) -> None:
-    seed = random.SystemRandom().randrange(10**6)
-    print("seed", seed)
-    command = [sys.executable, "-m", "tests.support.learning", str(guide_model), str(tmp_path), str(count), str(seed)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    ends = json.loads(run.stdout.splitlines()[-1])
+    ends = warm("kills", guide_model, tmp_path, count)
     print(ends)
     assert ends["equal"] == count and "different" not in ends
 
@@ -130,3 +145,13 @@ def test_a_torn_checkpoint_is_passed_over_and_dropped(learning: Path) -> None:
     assert checkpoints.latest(job.folder).folder == before
     assert checkpoints.drop_broken(job.folder) == ["checkpoint-12"]
     assert not newest.exists()
+
+
+def test_two_processes_have_the_losses_of_one(tmp_path: Path, guide_model: Path) -> None:
+    found = warm("pair", guide_model, tmp_path, 2)
+    assert found["runs"] == 2, "only the first process keeps a run"
+    alone, together = found["1 rows"], found["2 rows"]
+    assert len(alone) == len(together) >= 8
+    for one, two in zip(alone, together, strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+    assert found["2"] == pytest.approx(found["1"], rel=1e-4)

@@ -1,7 +1,8 @@
 """A model that learns in milliseconds, its data, and a warm process whose forked trainers are killed; prints JSON.
 
-`python -m tests.support.learning GUIDE WORK N SEED`: N runs of one spec are each killed at a random moment and resumed,
-and each must end with the unbroken run's adapter, byte for byte.
+`python -m tests.support.learning kills GUIDE WORK N SEED`: N runs of one spec are each killed at a random moment and
+resumed, and each must end with the unbroken run's adapter, byte for byte. `... pair GUIDE WORK 2 0`: two processes
+share a run, and one does it alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections import Counter
@@ -23,11 +25,13 @@ from typing import Any
 
 import torch
 import transformers
+import yaml
 
-from nibble import jobs
+from nibble import jobs, publish
 from nibble.jobs.control import make_folder
 from nibble.jobs.folder import Status, new_run, write_json
 from nibble.jobs.work import work
+from nibble.tasks import finetune as finetune_task
 from nibble.training import checkpoints, session  # noqa: F401 - forked trainers find it imported
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -140,13 +144,19 @@ def kills(home: Path, count: int, seed: int) -> Counter[str]:
     whole.finish()
     reach = time.monotonic() - began
     wanted = digest(home / "adapters" / "whole")
-    for number in range(count):
+    number = 0
+    while ends["killed"] < count:
+        number += 1
         trainer = Trainer(home, {"out": f"broken-{number}"})
         trainer.start()
         # From just before the first step until after the last one: at steps, in saves, while it publishes.
         time.sleep(0.9 * first + dice.random() * (reach - 0.9 * first))
-        killed = trainer.kill()
-        ends["killed" if killed else "had ended"] += 1
+        if not trainer.kill():
+            # The machine has become faster than it was: the moments must lie within a run.
+            ends["had ended"] += 1
+            reach = max(0.95 * reach, 1.2 * first)
+            continue
+        ends["killed"] += 1
         ends["with a checkpoint" if checkpoints.latest(trainer.folder) else "without one"] += 1
         ends["in a save"] += any(".tmp-" in path.name for path in trainer.folder.rglob("*"))
         trainer.start()
@@ -156,11 +166,53 @@ def kills(home: Path, count: int, seed: int) -> Counter[str]:
     return ends
 
 
+def pair(home: Path, count: int, seed: int) -> dict[str, Any]:
+    """Losses of a run that `count` processes share, and of the same run in one; each as its log says."""
+    told = {**TOLD, "model": "tiny", "data": str(home / "texts.jsonl"), "dtype": "float32", "dropout": 0.0}
+    told |= {"logging_steps": 1, "accumulation": 2, "batch_size": 4, "max_steps": 6, "home": str(home), "device": "cpu"}
+    found = {}
+    for world in (1, count):
+        recipe = home / f"run-{world}.yaml"
+        recipe.write_text(yaml.safe_dump({**told, "out": f"by-{world}"}), encoding="utf-8")
+        port = free_port()
+        children = [_rank(recipe, rank, world, port) for rank in range(world)]
+        for child in children:
+            _, status = os.waitpid(child, 0)
+            assert os.waitstatus_to_exitcode(status) == 0, (home / f"rank-{world}.txt").read_text()[-3000:]
+        found[str(world)] = publish.read_manifest(home / "adapters" / f"by-{world}")["losses"]
+        job = jobs.list_jobs(home)[0]
+        rows = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+        found[f"{world} rows"] = [[row.get("loss", 0.0), row.get("eval_loss", 0.0)] for row in rows]
+    found["runs"] = len(jobs.list_jobs(home))
+    return found
+
+
+def _rank(recipe: Path, rank: int, world: int, port: int) -> int:
+    """A process of those that share a run, as torchrun starts it."""
+    child = os.fork()
+    if child:
+        return child
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    if world > 1:
+        os.environ |= {key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    with (recipe.parent / f"rank-{world}.txt").open("ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os._exit(finetune_task.main([str(recipe)]))
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
 def main() -> None:
-    guide, place, number, seed = sys.argv[1:]
+    action, guide, place, number, seed = sys.argv[1:]
     torch.set_num_threads(1)
     home = furnish(Path(place), Path(guide))
-    print(json.dumps(kills(home, int(number), int(seed))))
+    print(json.dumps({"kills": kills, "pair": pair}[action](home, int(number), int(seed))))
 
 
 if __name__ == "__main__":
