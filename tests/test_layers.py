@@ -63,7 +63,7 @@ INSIDE = {
     | {"quality.table", "quality.kept", "probe", "training.recipe", "data"},
     "hosting": {"hosting"},
     "hub": {"hub", "library", "screen", "publish"},
-    "data": {"data", "prompts", "engines.base"},
+    "data": READING | {"data", "prompts", "engines.base", "publish"},
     "compat": {"lowbit", "transformers"},
     "chats": {"chats", "engines.base", "publish"},
 }
@@ -74,7 +74,8 @@ TORCH_FREE = (
     "nibble.hosting", "nibble.chats", "nibble.publish", "nibble.prompts.trial",
     "nibble.engines.base", "nibble.engines.worker", "nibble.engines.host", "nibble.lowbit", "nibble.lowbit.formats",
     "nibble.jobs", "nibble.tasks", "nibble.tasks.download", "nibble.hub", "nibble.commands.download",
-    "nibble.data", "nibble.data.preview", "nibble.training.recipe", "nibble.training.checkpoints",
+    "nibble.data", "nibble.data.preview", "nibble.data.store", "nibble.data.glimpse",
+    "nibble.training.recipe", "nibble.training.checkpoints",
     "nibble.training.order", "nibble.tasks.finetune", "nibble.commands.finetune",
     "nibble.engines.bigdl", "nibble.bigdl.folders", "nibble.bigdl.older_folder", "nibble.bigdl.convert",
     "nibble.compat", "nibble.operator",

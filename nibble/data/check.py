@@ -6,6 +6,7 @@ is wrong with the data. Knows nothing of tokenizers: it is given a function that
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -133,7 +134,12 @@ def rows(path: Path, mapping: ColumnMap | None = None) -> Iterator[Row]:
 
 
 def check(
-    path: Path, mapping: ColumnMap | None = None, limit: int | None = None, *, encode: Encode | None = None
+    path: Path,
+    mapping: ColumnMap | None = None,
+    limit: int | None = None,
+    *,
+    encode: Encode | None = None,
+    seconds: float | None = None,
 ) -> Report:
     """Read a data set through and tell what it is and what is wrong with it.
 
@@ -142,16 +148,27 @@ def check(
         mapping: what the person says of its columns.
         limit: rows to read at most; None reads all.
         encode: makes a row's tokens, to count them, those trained, and the rows that are too long.
+        seconds: time to read for at most, though one row is read whatever it takes; None reads all.
     """
     report = Report(path)
     try:
         source = open_source(path)
         report.kind, report.unit = source.kind, source.unit
         report.detection = _detect(source, mapping)
-        _read_through(source, report, _Tally(report, bool(mapping and mapping.leave_out)), limit, encode)
+        _read_through(
+            source, report, _Tally(report, bool(mapping and mapping.leave_out)), encode, _until(limit, seconds)
+        )
     except DataError as error:
         report.problems.append(Problem("file", error.message, error.hint, fatal=True))
     return report
+
+
+def _until(limit: int | None, seconds: float | None) -> Callable[[int], bool]:
+    """Whether enough has been read after so many rows."""
+    end = None if seconds is None else time.monotonic() + seconds
+    return lambda rows: (
+        (limit is not None and rows >= limit) or (end is not None and rows > 0 and time.monotonic() >= end)
+    )
 
 
 def _detect(source: Source, mapping: ColumnMap | None) -> Detection:
@@ -197,13 +214,15 @@ class _Tally:
         self.note(fault.kind, number, f"{where} {fault.what}.{left}", fault.hint, fatal=not self.leave_out)
 
 
-def _read_through(source: Source, report: Report, tally: _Tally, limit: int | None, encode: Encode | None) -> None:
+def _read_through(
+    source: Source, report: Report, tally: _Tally, encode: Encode | None, enough: Callable[[int], bool]
+) -> None:
     assert report.detection is not None
     seen, unit = Seen(), source.unit.capitalize()
     if encode is not None:
         report.tokens = report.trained_tokens = 0
     for number, item in _mapped(source, report.detection):
-        if limit is not None and report.rows >= limit:
+        if enough(report.rows):
             report.complete = False
             break
         report.rows += 1

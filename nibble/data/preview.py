@@ -70,19 +70,20 @@ def preview(
         DataError: as `samples`.
     """
     encoder = encoder or Encoder(tokenizer)
-    shown = [_show(sample, encoder) for sample in islice(samples(path, encoder, mapping), n)]
+    shown = [show(sample, encoder) for sample in islice(samples(path, encoder, mapping), n)]
     if not shown:
         raise DataError(f"{path.name} has no row to train on.", "Check it first: the report names what is wrong.")
     padding = tokenizer.convert_ids_to_tokens(padding_id(tokenizer))
     return Preview(shown, encoder.template.name, padding, list(encoder.notes))
 
 
-def _show(sample: Sample, encoder: Encoder) -> Shown:
+def show(sample: Sample, encoder: Encoder, most: int | None = None) -> Shown:
+    """A sample made readable, its first `most` pieces alone where that is given."""
     bos = encoder.tokenizer.bos_token_id
     last = max((place for place, learnt in enumerate(sample.trained) if learnt), default=-1)
     return Shown(
         row=sample.row,
-        pieces=tuple(_pieces(sample, encoder.tokenizer)),
+        pieces=tuple(islice(_pieces(sample, encoder.tokenizer), most)),
         tokens=len(sample.ids),
         trained=sum(sample.trained),
         truncated=sample.truncated,

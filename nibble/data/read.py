@@ -9,48 +9,67 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nibble import publish
 from nibble.data.json_stream import read_json
 from nibble.data.rows import Fault, Record
 from nibble.data.text import CHUNK, check_plain, check_signature, read_lines, read_text
-from nibble.errors import DataError
+from nibble.errors import DataError, ModelError
 
 SUFFIXES = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"
 }  # fmt: skip
 """Ending of a file's name -> what it says the file is; between json and jsonl the content decides."""
 
+DATASET = "dataset"
+"""`kind` in the manifest of a folder that holds one data set of a hub; its `parts` are the files, in order."""
+
 
 @dataclass(frozen=True)
 class Source:
-    """A file that can be read, and as what."""
+    """A data set that can be read, and as what: a file, or several that are one after another."""
 
     path: Path
     kind: str
     """json, jsonl, csv or parquet."""
+    parts: tuple[Source, ...] = ()
+    """The files of a hub's data set; empty for a file."""
 
     @property
     def unit(self) -> str:
         """What a record's number counts."""
-        return "line" if self.kind == "jsonl" else "row"
+        return "line" if self.kind == "jsonl" and len(self.parts) < 2 else "row"
 
     def records(self) -> Iterator[Record]:
-        """Every row in order, read anew at each call.
+        """Every row in order, read anew at each call; numbers go on from one file to the next.
 
         Raises:
             DataError: from where the file cannot be read on.
         """
-        return READERS[self.kind](self.path)
+        if not self.parts:
+            yield from READERS[self.kind](self.path)
+        last = 0
+        for part in self.parts:
+            before = last
+            for record in part.records():
+                last = before + record.number
+                yield record if not before else replace(record, number=last)
 
 
 def open_source(path: Path) -> Source:
     """Judge a file by its kind on disk, its name and its first characters.
 
+    Args:
+        path: a file, or the folder of a hub's data set as `nibble.hub` put it in place.
+
     Raises:
         DataError: what it is instead of a data file.
     """
+    parts = _parts(path)
+    if parts:
+        return Source(path, parts[0].kind, parts)
     check_plain(path, tuple(SUFFIXES))
     kind = SUFFIXES.get(path.suffix.lower())
     check_signature(path, b"PAR1" if kind == "parquet" else b"")
@@ -60,6 +79,24 @@ def open_source(path: Path) -> Source:
     if kind in ("json", "jsonl"):
         kind = _json_or_lines(path, kind)
     return Source(path, kind)
+
+
+def _parts(path: Path) -> tuple[Source, ...]:
+    """The files of a hub's data set; none where the path is no such folder.
+
+    Raises:
+        DataError: a file of it is gone or broken.
+    """
+    try:
+        facts = publish.read_manifest(path) if path.is_dir() else {}
+    except (ModelError, OSError):
+        return ()
+    listed = facts.get("parts")
+    if facts.get("kind") != DATASET or not isinstance(listed, list):
+        return ()
+    if not listed or not all(isinstance(name, str) and name in facts["files"] for name in listed):
+        raise DataError(f"The data set in {path} is broken.", "Download it again.")
+    return tuple(open_source(path / name) for name in listed)
 
 
 def _json_or_lines(path: Path, named: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from nibble import library, publish, screen
 from nibble.config import load_settings
-from nibble.data import find
+from nibble.data import store
 from nibble.errors import ModelError
 from nibble.training.recipe import Recipe, from_spec
 
@@ -58,7 +58,7 @@ def order_from(spec: Mapping[str, Any]) -> Order:
     trusted = called in settings.trust_remote_code
     screen.check(base, trust_remote_code=trusted)
     order = Order(
-        recipe, name_of(recipe, called), home, base, called, find(recipe.data, paths=paths),
+        recipe, name_of(recipe, called), home, base, called, store.find(recipe.data, home, paths=paths),
         str(spec.get("device") or settings.device), trusted, bool(spec.get("dry_run")), bool(spec.get("resume")),
     )  # fmt: skip
     if not order.dry:
