@@ -4,6 +4,8 @@ import json
 import math
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,14 +15,19 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from nibble import jobs, publish
 from nibble.errors import NibbleError
+from nibble.lowbit import FORMATS
+from nibble.tasks import finetune as task
 from nibble.training import checkpoints
-from tests.support.learning import digest, furnish, learn
+from nibble.training.recipe import OPTIMIZERS, SCHEDULERS
+from nibble.transformers import AutoModelForCausalLM
+from tests.support.learning import TOLD, digest, furnish, learn
 
 ROOT = Path(__file__).parents[1]
 
@@ -155,3 +162,109 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path, guide_model: Path)
     for one, two in zip(alone, together, strict=True):
         assert two == pytest.approx(one, rel=1e-4)
     assert found["2"] == pytest.approx(found["1"], rel=1e-4)
+
+
+def test_a_run_that_no_longer_gets_better_stops_early_with_its_best_adapter(learning: Path) -> None:
+    # So small a rate changes no loss that a float can hold: the first measurement stays the best.
+    told = {"learning_rate": 1e-9, "eval_steps": 2, "early_stop": 2, "dropout": 0.0, "max_steps": 40, "save_steps": 40}
+    result = learn(learning, **told)
+    assert result["stopped_early"] and result["steps"] < 40
+    [note] = [note for note in result["notes"] if "was the lowest" in note]
+    best = int(re.search(r"step (\d+)", note)[1])
+    assert result["steps"] == best + 4, "two measurements without a better loss"
+    [job] = jobs.list_jobs(learning)
+    assert digest(learning / "adapters" / "learnt") == digest(checkpoints.place(job.folder, best))
+    said = publish.read_manifest(learning / "adapters" / "learnt")
+    assert not said["partial"]
+
+
+@pytest.mark.parametrize(("scheduler", "optimizer"), zip(SCHEDULERS, OPTIMIZERS * 2, strict=True))
+def test_every_scheduler_and_optimizer_goes_on_bit_for_bit(scheduler: str, optimizer: str, learning: Path) -> None:
+    told = {"scheduler": scheduler, "optimizer": optimizer, "max_steps": 4, "save_steps": 2, "accumulation": 2}
+    told |= {"max_grad_norm": 0.0, "eval_share": 0.0}
+    learn(learning, **told, out="whole")
+    learn(learning, **told, out="again")
+    job = jobs.list_jobs(learning)[0]
+    shutil.rmtree(checkpoints.place(job.folder, 4))
+    spec = jobs.find(job.id, learning).spec
+    result = task.run({**spec, "resume": True}, task.Silent(job.folder))
+    assert "The run goes on from step 2." in result["notes"]
+    assert digest(learning / "adapters" / "again") == digest(learning / "adapters" / "whole")
+
+
+def test_epochs_count_passes_over_what_is_trained_on(learning: Path) -> None:
+    result = learn(learning, epochs=2.0, eval_share=0.1, batch_size=4)
+    assert result["steps"] == math.ceil(2 * 27 / 4)
+
+
+def test_packed_rows_are_trained_on(learning: Path) -> None:
+    result = learn(learning, packing=True, max_length=64, max_steps=3)
+    assert any("are packed into" in note for note in result["notes"])
+
+
+def test_a_cpu_does_not_train_in_float16_and_says_so(learning: Path) -> None:
+    result = learn(learning, dtype="float16", max_steps=1)
+    assert any("A CPU does not train in float16; bfloat16 is used instead." in note for note in result["notes"])
+
+
+def test_too_little_memory_is_a_sentence(learning: Path) -> None:
+    def full(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(module, nn.Linear) and module.training and module.out_features == 6144:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    handle = register_module_forward_hook(full)
+    try:
+        with pytest.raises(
+            NibbleError, match="A step did not fit into the memory of the cpu. Try a smaller batch_size"
+        ):
+            learn(learning, dry_run=True, keep=False)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_lora_trains_on_bf16_and_qlora_on_every_format(method: str, learning: Path) -> None:
+    formats = [name for name, row in FORMATS.items() if row.quantized] if method == "qlora" else ["nf4"]
+    for low_bit in formats:
+        result = learn(learning, method=method, low_bit=low_bit, max_steps=2, save_steps=2, learning_rate=0.01)
+        said = publish.read_manifest(learning / "adapters" / "learnt")
+        assert said["base"]["format"] == ("bf16" if method == "lora" else low_bit)
+        assert all(math.isfinite(result[key]) for key in ("loss_first", "loss_last", "eval_loss"))
+
+
+def test_a_base_that_is_packed_already_is_trained_on_as_it_is(learning: Path) -> None:
+    folder = learning / "models" / "tiny"
+    AutoModelForCausalLM.from_pretrained(folder, load_in_4bit=True).save_low_bit(learning / "models" / "packed")
+    result = learn(learning, model="packed", max_steps=2)
+    assert "packed is packed as sym_int4 already and is trained on in this form." in result["notes"]
+    assert publish.read_manifest(learning / "adapters" / "learnt")["base"]["format"] == "sym_int4"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+        ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"],
+    ],
+)
+def test_the_same_run_starts_under_torchrun_and_accelerate(launcher: list[str], learning: Path) -> None:
+    told = {**TOLD, "model": "tiny", "data": str(learning / "texts.jsonl"), "dtype": "float32", "dropout": 0.0}
+    told |= {"device": "cpu", "home": str(learning)}
+    run_yaml = learning / "run.yaml"
+    run_yaml.write_text(yaml.safe_dump({**told, "out": "shared"}), encoding="utf-8")
+    command = [sys.executable, "-m", *launcher, "-m", "nibble.tasks.finetune", str(run_yaml)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    learn(learning, dropout=0.0, out="alone")
+    shared, alone = (publish.read_manifest(learning / "adapters" / name)["losses"] for name in ("shared", "alone"))
+    assert shared == pytest.approx(alone, rel=1e-4)
+
+    # The run.yaml of that job goes on in its folder: here from the end, so that it only publishes again.
+    [job] = [job for job in jobs.list_jobs(learning) if job.spec["out"] == "shared"]
+    shutil.rmtree(checkpoints.place(job.folder, 12))
+    command[-1] = str(job.folder / "run.yaml")
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert jobs.find(job.id, learning).status.attempt == 2
+    assert "The run goes on from step 9." in jobs.find(job.id, learning).status.result["notes"]
