@@ -42,6 +42,8 @@ class Session:
     """Of the run; a dry run's is thrown away."""
     leads: bool = True
     """Whether this process is the one that tells and writes."""
+    stop_id: int | None = None
+    """The token that ends what is learnt."""
     notes: list[str] = field(default_factory=list)
 
     def note(self, *sentences: str) -> None:
@@ -65,6 +67,7 @@ def run(order: Order, report: Report, folder: Path, *, leads: bool = True) -> di
     session.note(*reader.notes)
     corpus, found = feed.read(order.data, reader.encoder, feed.as_mapping(recipe.columns, recipe.leave_out))
     session.note(*found.sentences(), *reader.encoder.notes)
+    session.stop_id = reader.encoder.stop_id if _is_chat(found) else reader.tokenizer.eos_token_id
     device = choose(order.device)
     start = _start(session, device)
     with _fitting(session, device), warnings.catch_warnings():
@@ -77,6 +80,11 @@ def run(order: Order, report: Report, folder: Path, *, leads: bool = True) -> di
         if order.dry:
             return _measure(session, teacher, found, device)
         return _train(session, teacher, reader, start)
+
+
+def _is_chat(found: Found) -> bool:
+    """Whether the data are conversations, whose answers end as the chat template says."""
+    return found.detection is not None and found.detection.form != "text"
 
 
 def _start(session: Session, device: Device) -> checkpoints.Checkpoint | None:
@@ -214,7 +222,7 @@ def _publish(session: Session, teacher: Teacher, reader: Reader, origin: Origin,
             "data": recipe.data, "columns": dict(recipe.columns), "leave_out": recipe.leave_out,
             "share": recipe.eval_share, "seed": recipe.seed, "max_length": reader.encoder.max_length,
         },
-        "stop_token_id": reader.encoder.stop_id,
+        "stop_token_id": session.stop_id,
         "steps": teacher.step,
         "partial": teacher.step < teacher.course.steps and not _stopped_early(teacher),
     }  # fmt: skip
