@@ -41,7 +41,8 @@ INSIDE = {
     "jobs": {"jobs", "tasks"},
     "tasks": READING
     | {"tasks", "jobs", "hub", "transformers", "lowbit", "devices", "publish"}
-    | {"sources", "packing", "quality", "estimate", "bigdl", "adapters", "training", "merging", "comparing", "data"},
+    | {"sources", "packing", "quality", "estimate", "bigdl", "adapters", "training", "merging", "comparing", "data"}
+    | {"engines.base"},
     "training": READING
     | {"training", "transformers", "qlora", "lowbit", "devices", "publish", "data", "prompts", "engines.base"}
     | {"tasks", "adapters", "sources.safetensors"},
@@ -52,7 +53,7 @@ INSIDE = {
     | {"tasks"},
     "comparing": READING
     | {"comparing", "adapters", "training", "quality", "data", "transformers", "qlora", "lowbit", "devices", "prompts"}
-    | {"publish", "tasks", "engines.base"},
+    | {"publish", "tasks", "engines"},
     "border": {"border", "words"},
     "wishes": READING | {"wishes", "lowbit.formats"},
     "operator": READING
@@ -60,7 +61,7 @@ INSIDE = {
     | {"tasks.download"},
     "commands": READING
     | {"commands", "engines", "prompts.trial", "devices", "hosting", "jobs", "estimate", "lowbit.formats"}
-    | {"quality.table", "quality.kept", "probe", "training.recipe", "data"},
+    | {"comparing", "quality.table", "quality.kept", "probe", "training.recipe", "data"},
     "hosting": {"hosting"},
     "hub": {"hub", "library", "screen", "publish"},
     "data": READING | {"data", "prompts", "engines.base", "publish"},
@@ -74,6 +75,7 @@ TORCH_FREE = (
     "nibble.hosting", "nibble.chats", "nibble.publish", "nibble.prompts.trial",
     "nibble.engines.base", "nibble.engines.worker", "nibble.engines.host", "nibble.lowbit", "nibble.lowbit.formats",
     "nibble.jobs", "nibble.tasks", "nibble.tasks.download", "nibble.hub", "nibble.commands.download",
+    "nibble.comparing.order", "nibble.comparing.page", "nibble.tasks.compare", "nibble.commands.compare",
     "nibble.data", "nibble.data.preview", "nibble.data.store", "nibble.data.glimpse",
     "nibble.training.recipe", "nibble.training.checkpoints",
     "nibble.training.order", "nibble.tasks.finetune", "nibble.commands.finetune",

@@ -221,6 +221,7 @@ def _publish(session: Session, teacher: Teacher, reader: Reader, origin: Origin,
         "heldout": {
             "data": recipe.data, "columns": dict(recipe.columns), "leave_out": recipe.leave_out,
             "share": recipe.eval_share, "seed": recipe.seed, "max_length": reader.encoder.max_length,
+            "samples": len(teacher.course.heldout),
         },
         "stop_token_id": session.stop_id,
         "steps": teacher.step,
