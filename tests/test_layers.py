@@ -77,7 +77,7 @@ TORCH_FREE = (
     "nibble.jobs", "nibble.tasks", "nibble.tasks.download", "nibble.hub", "nibble.commands.download",
     "nibble.comparing.order", "nibble.comparing.page", "nibble.tasks.compare", "nibble.commands.compare",
     "nibble.data", "nibble.data.preview", "nibble.data.store", "nibble.data.glimpse",
-    "nibble.training.recipe", "nibble.training.checkpoints",
+    "nibble.training.recipe", "nibble.adapters", "nibble.training.checkpoints",
     "nibble.training.order", "nibble.tasks.finetune", "nibble.commands.finetune",
     "nibble.engines.bigdl", "nibble.bigdl.folders", "nibble.bigdl.older_folder", "nibble.bigdl.convert",
     "nibble.compat", "nibble.operator",

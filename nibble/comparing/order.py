@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nibble import library, publish
+from nibble import adapters, library, publish
 from nibble.checkpoint import read_config
 from nibble.errors import ConfigError, ModelError
 from nibble.lowbit.formats import FORMATS, resolve
@@ -191,11 +191,7 @@ def steps(given: Any) -> list[int] | str:
 
 def _base_of(folder: Path, home: Path, paths: bool) -> Path:
     """The model here that an adapter belongs to."""
-    try:
-        from nibble import adapters  # type: ignore[attr-defined]
-    except ImportError:
-        return library.find(str((publish.read_manifest(folder).get("base") or {}).get("name")), home, paths=paths)
-    return Path(adapters.base_folder(adapters.read(folder), home, paths=paths))
+    return adapters.base_folder(adapters.read(folder), home, paths=paths)
 
 
 def _trained(base: Path, spec: Mapping[str, Any], form: str) -> Order:

@@ -36,15 +36,6 @@ class Origin:
         return {"name": self.name, "fingerprint": self.fingerprint, "format": self.format, "family": self.family}
 
 
-def fingerprint(folder: Path) -> str:
-    """What tells a base from every other, whatever it is called."""
-    try:
-        from nibble import adapters  # type: ignore[attr-defined]
-    except ImportError:
-        return ""
-    return str(adapters.fingerprint(folder))
-
-
 def publish_adapter(folder: Path, source: Any, origin: Origin, facts: Mapping[str, Any]) -> None:
     """Put an adapter in place.
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 
+from nibble.adapters import fingerprint
 from nibble.data.check import Report as Found
 from nibble.devices import Device, choose, free_memory
 from nibble.errors import NibbleError
@@ -27,7 +28,7 @@ from nibble.training.feed import Corpus, Deck
 from nibble.training.learner import Learner, Reader, is_out_of_memory, load, open_reader, out_of_memory
 from nibble.training.loop import Course, Listener, Teacher
 from nibble.training.order import Order
-from nibble.training.saving import Origin, fingerprint, publish_adapter
+from nibble.training.saving import Origin, publish_adapter
 
 DRY_STEPS = 2
 
