@@ -20,7 +20,7 @@ COMMANDS = {
     "chat": "a conversation; the line `stop` ends it",
     "models": "the models on this machine",
     "jobs": "long work: list it, stop it, go on with it, read its log",
-    "download": "a model from Hugging Face or ModelScope",
+    "download": "a model or a data set from Hugging Face or ModelScope",
     "evaluate": "what a model loses in each low-bit format: perplexity, KL, agreement, size, memory, speed",
     "quantize": "a model in low bit: smaller, and what it lost by that",
     "finetune": "an adapter trained on a model and a data set: LoRA on a base in low bit, or in bf16",

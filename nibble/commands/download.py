@@ -1,8 +1,9 @@
-"""`nibble download REPO`: a model from a hub into home/models, in this very process, with one line of progress."""
+"""`nibble download REPO`: a model or a data set from a hub, in this very process, with one line of progress."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from nibble.config import HUBS, Settings
 from nibble.jobs import run_foreground
@@ -16,14 +17,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hub", choices=HUBS, default="", help="ask this hub alone instead of those of the settings")
     parser.add_argument("--revision", metavar="R", default="", help="branch, tag or commit")
     parser.add_argument("--name", metavar="N", default="", help="its name here (default: org__name)")
-    parser.add_argument("--file", metavar="F", default="", help="one GGUF file instead of the Hugging Face form")
+    parser.add_argument(
+        "--file", metavar="F", default="",
+        help="one GGUF file instead of the Hugging Face form; of a data set the file or folder to take",
+    )  # fmt: skip
+    parser.add_argument("--dataset", action="store_true", help="it is a data set, which goes into home/data")
 
 
 def run(arguments: argparse.Namespace, settings: Settings) -> None:
-    """Download it, and say how to chat with it."""
-    spec = {key: getattr(arguments, key) for key in ("repo", "hub", "revision", "name", "file", "config")}
+    """Download it, and say how to go on with it."""
+    spec = {key: getattr(arguments, key) for key in ("repo", "hub", "revision", "name", "file", "dataset", "config")}
     spec |= {"home": str(settings.home_folder), "hubs": list(settings.hubs)}
     done = run_foreground("download", {key: value for key, value in spec.items() if value}, home=settings.home_folder)
     print(f"{done['name']}: {done['bytes'] / 1e6:,.1f} MB in {done['folder']}")
-    if not arguments.file:
+    if (settings.home_folder / "data").resolve() in Path(done["folder"]).resolve().parents:
+        print(f"Train on it:   python -m nibble finetune --data {done['name']}")
+    elif not arguments.file:
         print(f'Chat with it:   python -m nibble ask --model {done["name"]} "Hello"')

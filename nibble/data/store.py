@@ -38,6 +38,17 @@ CHUNK = 2**22
 HUB_ID = re.compile(r"([A-Za-z0-9_][\w.-]{0,95})/([A-Za-z0-9_][\w.-]{0,95})", re.ASCII)
 """A data set on a hub."""
 
+
+class NotHere(DataError):
+    """A data set of a hub that was not fetched yet."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"The data set {name} is not here yet.", f"Fetch it first: python -m nibble download {name} --dataset"
+        )
+        self.name = name
+
+
 Kind = Literal["shipped", "upload", "hub"]
 
 
@@ -65,25 +76,24 @@ def find(name: str, home: Path, *, paths: bool = False) -> Path:
         paths: whether a path is accepted.
 
     Raises:
-        DataError: nothing of that name; for one on a hub the hint says how to fetch it.
+        NotHere: it is one of a hub, and was not fetched; the hint says how.
+        DataError: nothing of that name.
     """
     if name in SHIPPED:
         return FOLDER / f"{name}.jsonl"
     kept = _kept(name, home)
     if kept is not None:
         return kept
-    on_hub = HUB_ID.fullmatch(name)
+    on_hub = is_on_hub(name)
     if on_hub:
         folder = hub_folder(name, home)
         if folder.is_dir():
             return folder
-    if paths and (not on_hub or _is_path(name)):
+    if paths and (not on_hub or _exists(name)):
         # Whether it can be read is said by `open_source`, with all that may be wrong with it.
         return Path(name).expanduser()
     if on_hub:
-        raise DataError(
-            f"The data set {name} is not here yet.", f"Fetch it first: python -m nibble download {name} --dataset"
-        )
+        raise NotHere(name)
     known = ", ".join(names(home))
     raise DataError(
         f"There is no data set {name[:200]!r}.", f"Here: {known}; or upload a file, or name org/name on a hub."
@@ -218,10 +228,12 @@ def _entry(name: str, kind: Kind, path: Path, note: str) -> Entry:
     return Entry(name, kind, path, library.tree_bytes(path), note)
 
 
-def _is_path(name: str) -> bool:
-    """Whether what might be a hub's `org/name` is a file or folder here, or at least meant to be a file."""
-    if name.endswith(tuple(SUFFIXES)):
-        return True
+def is_on_hub(name: str) -> bool:
+    """Whether a name can be that of a data set on a hub, and is not meant to be a file."""
+    return bool(HUB_ID.fullmatch(name)) and not name.endswith(tuple(SUFFIXES))
+
+
+def _exists(name: str) -> bool:
     try:
         return Path(name).expanduser().exists()
     except (OSError, ValueError, RuntimeError):

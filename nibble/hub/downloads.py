@@ -19,6 +19,7 @@ from typing import TypeVar
 from nibble import library, screen
 from nibble.config import HUBS
 from nibble.errors import ModelError, SourceError
+from nibble.hub.datasets import choose_data
 from nibble.hub.faults import KEPT, Asked, DownloadError, HubUnavailable, explain
 from nibble.hub.huggingface import OFFICIAL, HuggingFace
 from nibble.hub.modelscope import ModelScope
@@ -30,6 +31,12 @@ REPO = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]{0,95}/)?[A-Za-z0-9_][A-Za-z0-9_.
 REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,127}")
 SPARE_BYTES = 2**26
 """Left free on the disk whatever is fetched."""
+
+ROOTS = {"model": library.MODELS, "dataset": "data"}
+"""Kind of a repository -> the folder in home."""
+
+NOUNS = {"model": ("model", "Qwen/Qwen2-1.5B-Instruct"), "dataset": ("data set", "tatsu-lab/alpaca")}
+"""Kind of a repository -> what it is called, and one of them."""
 
 Result = TypeVar("Result")
 
@@ -48,18 +55,24 @@ class Request:
     name: str = ""
     """Under home/models; empty is `default_name`."""
     file: str = ""
-    """One GGUF file, instead of the model's Hugging Face form."""
+    """One GGUF file, instead of the model's Hugging Face form; of a data set the file or folder to take."""
+    kind: str = field(default="model", kw_only=True)
+    """`model`, or `dataset`: that goes into home/data."""
     trusted: tuple[str, ...] = field(default=(), kw_only=True)
     """Names of models whose own Python code may run, as config.yaml says: it is then fetched too. Such a name is for
     the repository that it is the default name of, and no other may take it."""
 
     def __post_init__(self) -> None:
         if not REPO.fullmatch(self.repo) or ".." in self.repo:
+            noun, example = NOUNS[self.kind]
             raise DownloadError(
-                f"{self.repo!r} is not a model on a hub.", "Write it as the hub does, such as Qwen/Qwen2-1.5B-Instruct."
+                f"{self.repo!r} is not a {noun} on a hub.", f"Write it as the hub does, such as {example}."
             )
         if self.revision and (not REVISION.fullmatch(self.revision) or ".." in self.revision):
             raise DownloadError(f"{self.revision!r} is not a revision.", "Name a branch, a tag or a commit.")
+        if self.kind == "dataset":
+            self._check_data_set()
+            return
         if not library.NAME.fullmatch(self.target) or self.target == library.GUIDE:
             raise DownloadError(
                 f"{self.target!r} cannot be the name of a model.",
@@ -72,15 +85,27 @@ class Request:
                 "Choose another name, or leave it out.",
             )
 
+    def _check_data_set(self) -> None:
+        """A recipe names a data set as its hub does, so that is where it must lie."""
+        if "/" not in self.repo or self.name or not library.NAME.fullmatch(self.target):
+            raise DownloadError(
+                f"{(self.name or self.repo)!r} cannot be the name of a data set of a hub.",
+                "Write it as the hub does, org/name; it is called so here too.",
+            )
+
     @property
     def target(self) -> str:
-        """The name under home/models."""
-        return self.name or default_name(self.repo, self.file)
+        """The name under home/models, or home/data."""
+        return self.name or default_name(self.repo, "" if self.kind == "dataset" else self.file)
 
     @property
     def code(self) -> bool:
         """Whether the model's own Python code may run."""
-        return self.target in self.trusted
+        return self.kind == "model" and self.target in self.trusted
+
+    def root(self, home: Path) -> Path:
+        """The folder that its own goes into."""
+        return home / ROOTS[self.kind]
 
 
 @dataclass(frozen=True)
@@ -95,7 +120,7 @@ class Plan:
     needed: int
     """Bytes that still have to arrive."""
     free: int
-    """Bytes free on the disk of home/models."""
+    """Bytes free on the disk that it goes to."""
 
     @property
     def fits(self) -> bool:
@@ -120,7 +145,9 @@ def plan(request: Request, home: Path, report: Progress) -> Plan:
 
 
 def download(request: Request, report: Progress, home: Path) -> Path:
-    """Fetch a model into home/models/<name>; an existing one of that name is replaced whole, at the end.
+    """Fetch a model into home/models/<name>, or a data set into home/data/<org>__<name>.
+
+    An existing one of that name is replaced whole, at the end.
 
     Args:
         request: what to fetch.
@@ -128,37 +155,40 @@ def download(request: Request, report: Progress, home: Path) -> Path:
         home: Nibble's home folder.
 
     Returns:
-        The model's folder.
+        Its folder.
 
     Raises:
         DownloadError: anything that went wrong, in one sentence; what had arrived is kept for the next try.
         ModelError: it arrived whole, but cannot or must not be loaded; or another save to that name is under way.
     """
-    models = home / "models"
+    models = request.root(home)
     with _written(models):
         models.mkdir(parents=True, exist_ok=True)
         with alone(models, request.target) as part:
             part.refuse_foreign()
             listing = _first(request, home, report, lambda hub: _bring(hub, request, home, report, part))
-            library.drop_report(request.target, home)  # It tells of what stood there before.
-            part.put_in_place(listing)
+            if request.kind == "dataset":
+                part.put_in_place(listing, {"kind": "dataset", "parts": [file.path for file in listing.files]})
+            else:
+                library.drop_report(request.target, home)  # It tells of what stood there before.
+                part.put_in_place(listing, {})
     return models / request.target
 
 
-def open_hub(name: str, home: Path) -> Hub:
-    """The hub of a name.
+def open_hub(name: str, home: Path, kind: str = "model") -> Hub:
+    """The hub of a name, for models or for data sets.
 
     Raises:
         DownloadError: no such hub, or its token file can be read by others.
     """
     environ = os.environ
     if name == "huggingface":
-        return HuggingFace(environ.get("HF_ENDPOINT") or OFFICIAL, stored_token(name, home, environ))
+        return HuggingFace(environ.get("HF_ENDPOINT") or OFFICIAL, stored_token(name, home, environ), kind)
     if name == "modelscope":
-        return ModelScope(environ.get("MODELSCOPE_ENDPOINT", ""), stored_token(name, home, environ))
+        return ModelScope(environ.get("MODELSCOPE_ENDPOINT", ""), stored_token(name, home, environ), kind)
     if name in HUBS or re.match(r"https?://", name):
         # A mirror that nobody gave the token to (that is HF_ENDPOINT's meaning) must not see it.
-        return HuggingFace("https://hf-mirror.com" if name in HUBS else name, token=False)
+        return HuggingFace("https://hf-mirror.com" if name in HUBS else name, False, kind)
     raise DownloadError(f"There is no hub {name!r}.", f"Hubs: {', '.join(HUBS)}.")
 
 
@@ -166,7 +196,7 @@ def _first(request: Request, home: Path, report: Progress, act: Callable[[Hub], 
     """What the first hub that can answer gives."""
     for name, following in zip(request.hubs, (*request.hubs[1:], ""), strict=True):
         try:
-            return act(open_hub(name, home))
+            return act(open_hub(name, home, request.kind))
         except HubUnavailable as fault:
             if not following:
                 raise
@@ -179,18 +209,19 @@ def _ask(hub: Hub, request: Request, question: Callable[[], Result], kept: str =
     try:
         return question()
     except Exception as error:  # noqa: BLE001 - the border of two libraries that raise what they like
-        fault = explain(error, Asked(hub.label, hub.family, request.repo, request.revision, kept))
+        fault = explain(error, Asked(hub.label, hub.family, request.repo, request.revision, kept, request.kind))
     # Outside the handler, so that what a server said does not hang on it.
     raise fault
 
 
 def _plan(hub: Hub, request: Request, home: Path) -> Plan:
     found = _ask(hub, request, lambda: hub.look(request.repo, request.revision))
-    listing = choose(found, request.file, code=request.code)
+    data_set = request.kind == "dataset"
+    listing = choose_data(found, request.file) if data_set else choose(found, request.file, code=request.code)
     unsized = next((file.path for file in listing.files if file.size < 0), "")
     if unsized:
         raise HubUnavailable(f"{hub.label} does not tell the size of {unsized}.", "Try again later, or another hub.")
-    models = home / "models"
+    models = request.root(home)
     here = sum(Part(models, request.target).present(file) for file in listing.files)
     existing = next(folder for folder in (models, *models.parents) if folder.exists())
     return Plan(request.target, hub.label, listing, listing.size - here, shutil.disk_usage(existing).free)
@@ -216,7 +247,7 @@ def _bring(hub: Hub, request: Request, home: Path, report: Progress, part: Part)
         if missing:
             _ask(hub, request, lambda: hub.fetch(listing, missing, part.folder, counter.moved), KEPT)  # noqa: B023
         counter.end(sum(file.size for file in wanted))
-        part.verify(listing.repo, wanted, report if weights else None)
+        part.verify(listing.repo, wanted, report if weights or request.kind == "dataset" else None)
         _check(part, request, weights=False)
     part.finish(listing)
     try:
@@ -230,8 +261,8 @@ def _bring(hub: Hub, request: Request, home: Path, report: Progress, part: Part)
 
 def _check(part: Part, request: Request, *, weights: bool = True) -> None:
     """Refuse what cannot or must not be used, by the name that the model will have."""
-    if request.file and not weights:
-        return  # a GGUF file comes alone
+    if request.kind == "dataset" or (request.file and not weights):
+        return  # a GGUF file comes alone; data is read row by row, and whatever is wrong with it is said then
     try:
         screen.check(part.folder, trust_remote_code=request.code, weights=weights)
     except SourceError:
@@ -275,7 +306,7 @@ def _written(models: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise explain(error, Asked(str(models), "huggingface", "the model", kept=KEPT)) from None
+        raise explain(error, Asked(str(models), "huggingface", "what arrived", kept=KEPT)) from None
 
 
 def _size(count: int) -> str:

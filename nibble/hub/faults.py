@@ -21,8 +21,17 @@ from nibble.errors import NibbleError
 KEPT = "What has arrived is kept: start it again and it goes on."
 
 
+SITES = {
+    ("huggingface", "model"): "https://huggingface.co",
+    ("huggingface", "dataset"): "https://huggingface.co/datasets",
+    ("modelscope", "model"): "https://modelscope.cn/models",
+    ("modelscope", "dataset"): "https://modelscope.cn/datasets",
+}
+"""Family and kind -> where such repositories have their pages."""
+
+
 class DownloadError(NibbleError):
-    """A model that could not be fetched."""
+    """A model or a data set that could not be fetched."""
 
 
 class HubUnavailable(DownloadError):
@@ -40,12 +49,18 @@ class Asked:
     revision: str = ""
     kept: str = ""
     """What becomes of what has arrived, where something may have."""
+    kind: str = "model"
+    """`model` or `dataset`."""
 
     @property
     def page(self) -> str:
-        """The model's page in a browser."""
-        site = {"huggingface": "https://huggingface.co", "modelscope": "https://modelscope.cn/models"}[self.family]
-        return f"{site}/{self.repo}"
+        """Its page in a browser."""
+        return f"{SITES[self.family, self.kind]}/{self.repo}"
+
+    @property
+    def noun(self) -> str:
+        """What it is, for a person."""
+        return {"model": "model", "dataset": "data set"}[self.kind]
 
     @property
     def variable(self) -> str:
@@ -139,7 +154,7 @@ def _disk_full(_: Facts, asked: Asked) -> DownloadError:
 def _not_writable(facts: Facts, _: Asked) -> DownloadError:
     name = getattr(facts.error, "filename", None)
     return DownloadError(
-        f"{name or 'The models folder'} cannot be written.", "Check its permissions, or set home to another folder."
+        f"{name or 'Its folder'} cannot be written.", "Check its permissions, or set home to another folder."
     )
 
 
@@ -159,7 +174,7 @@ def _gated(_: Facts, asked: Asked) -> DownloadError:
 def _bad_token(_: Facts, asked: Asked) -> DownloadError:
     return DownloadError(
         f"{asked.hub} does not accept the token.",
-        f"Make a new one in your account there and set {asked.variable} to it, or unset it for a public model.",
+        f"Make a new one in your account there and set {asked.variable} to it, or unset it for a public {asked.noun}.",
     )
 
 
@@ -179,7 +194,7 @@ def _no_file(_: Facts, asked: Asked) -> DownloadError:
 def _no_repo(_: Facts, asked: Asked) -> DownloadError:
     version = f", or it has no revision {asked.revision!r}" if asked.revision else ""
     return DownloadError(
-        f"There is no model {asked.repo} on {asked.hub}, or it is private{version}.",
+        f"There is no {asked.noun} {asked.repo} on {asked.hub}, or it is private{version}.",
         f"Check the spelling; for a private one set {asked.variable} to a token of an account that may read it.",
     )
 

@@ -33,11 +33,13 @@ class HuggingFace:
     Args:
         endpoint: its address.
         token: one to use, False for none, None for what huggingface_hub finds itself (HF_TOKEN, its own login).
+        kind: of its repositories, "model" or "dataset".
     """
 
     family = "huggingface"
 
-    def __init__(self, endpoint: str = OFFICIAL, token: str | bool | None = None) -> None:
+    def __init__(self, endpoint: str = OFFICIAL, token: str | bool | None = None, kind: str = "model") -> None:
+        self.kind = kind
         self.endpoint = endpoint.rstrip("/")
         self.token = token
         self.label = "Hugging Face" if self.endpoint == OFFICIAL else urlsplit(self.endpoint).netloc or self.endpoint
@@ -48,7 +50,8 @@ class HuggingFace:
 
         with self._settings():
             api = HfApi(endpoint=self.endpoint, token=self.token)
-            info = api.model_info(repo, revision=revision or None, files_metadata=True, timeout=30)
+            ask = api.dataset_info if self.kind == "dataset" else api.model_info
+            info = ask(repo, revision=revision or None, files_metadata=True, timeout=30)
         files = tuple(
             RemoteFile(
                 path=found.rfilename,
@@ -74,8 +77,8 @@ class HuggingFace:
             tally = _Tally(moved, stop)
             try:
                 hf_hub_download(
-                    listing.repo, file.path, revision=listing.revision, local_dir=folder, endpoint=listing.endpoint,
-                    token=self.token, tqdm_class=tally.bar(),
+                    listing.repo, file.path, repo_type=self.kind, revision=listing.revision, local_dir=folder,
+                    endpoint=listing.endpoint, token=self.token, tqdm_class=tally.bar(),
                 )  # fmt: skip
             except Exception as error:
                 if again or stop.is_set() or not _of_xet(error):

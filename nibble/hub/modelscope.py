@@ -25,12 +25,14 @@ class ModelScope:
     Args:
         endpoint: its address; empty is as said above.
         token: one to use; None for what modelscope_hub finds itself (MODELSCOPE_API_TOKEN, its own login).
+        kind: of its repositories, "model" or "dataset".
     """
 
     family = "modelscope"
     label = "ModelScope"
 
-    def __init__(self, endpoint: str = "", token: str | None = None) -> None:
+    def __init__(self, endpoint: str = "", token: str | None = None, kind: str = "model") -> None:
+        self.kind = kind
         self.endpoint = endpoint.rstrip("/")
         self.token = token
 
@@ -38,8 +40,8 @@ class ModelScope:
         """The files of a repository at a branch or tag."""
         with _quiet():
             api = self._api(self.endpoint)
-            endpoint = api.resolve_endpoint_for_read(repo)
-            found = self._api(endpoint).list_repo_files(repo, "model", revision=revision or DEFAULT_REVISION)
+            endpoint = api.resolve_endpoint_for_read(repo, repo_type=self.kind)
+            found = self._api(endpoint).list_repo_files(repo, self.kind, revision=revision or DEFAULT_REVISION)
         files = tuple(RemoteFile(file.path, file.size, file.sha256 or "") for file in found if file.type != "tree")
         return Listing(self.family, repo, revision or DEFAULT_REVISION, endpoint, files)
 
@@ -47,9 +49,9 @@ class ModelScope:
         """As `nibble.hub.source.Hub.fetch`."""
         with _quiet():
             api = self._api(listing.endpoint)
-            _take_from_cache(api, listing, files, folder)
+            _take_from_cache(api, listing, files, folder, self.kind)
             api.download_repo(
-                listing.repo, "model", revision=listing.revision, local_dir=folder, max_workers=WORKERS,
+                listing.repo, self.kind, revision=listing.revision, local_dir=folder, max_workers=WORKERS,
                 file_list=[{"Path": file.path, "Size": file.size, "Sha256": file.sha256} for file in files],
                 progress_callbacks=[_callback(moved)],
             )  # fmt: skip
@@ -61,12 +63,12 @@ class ModelScope:
         return HubApi(config=HubConfig(endpoint=endpoint or None, token=self.token))
 
 
-def _take_from_cache(api: Any, listing: Listing, files: Sequence[RemoteFile], folder: Path) -> None:
+def _take_from_cache(api: Any, listing: Listing, files: Sequence[RemoteFile], folder: Path, kind: str) -> None:
     """Copy what ModelScope's own cache (MODELSCOPE_CACHE) has of these files; each is verified later like any other."""
     from modelscope_hub import CacheError
 
     try:
-        cached = api.download_repo(listing.repo, "model", revision=listing.revision, local_files_only=True)
+        cached = api.download_repo(listing.repo, kind, revision=listing.revision, local_files_only=True)
     except CacheError:
         return
     for file in files:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,11 +27,11 @@ BLOCK_BYTES = 2**23
 
 
 class Part:
-    """What has arrived of one model.
+    """What has arrived of one model or data set.
 
     Args:
-        models: home/models.
-        name: the model's name there; the partial folder is `.<name>.part` beside it.
+        models: home/models, or home/data.
+        name: its name there; the partial folder is `.<name>.part` beside it.
     """
 
     def __init__(self, models: Path, name: str) -> None:
@@ -110,13 +110,17 @@ class Part:
                 "Give the new model another name (--name), or move that folder away.",
             )
 
-    def put_in_place(self, listing: Listing) -> None:
+    def put_in_place(self, listing: Listing, more: Mapping[str, object]) -> None:
         """The finished folder under its name, with its manifest; what stood there before goes.
+
+        Args:
+            listing: where it came from.
+            more: what its manifest says besides.
 
         Raises:
             ModelError: another save to that name is under way.
         """
-        facts = {"source": listing.repo, "hub": listing.family, "revision": listing.revision}
+        facts = {"source": listing.repo, "hub": listing.family, "revision": listing.revision, **more}
         with publish.publication(self.final, facts) as fresh:
             for path in [path for path in self.folder.rglob("*") if path.is_file() and path.name != SOURCE_FILE]:
                 target = fresh / path.relative_to(self.folder)

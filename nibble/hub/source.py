@@ -128,7 +128,7 @@ def _named(listing: Listing, file: str) -> tuple[RemoteFile, ...]:
     if not file.endswith(".gguf") or not NAMED_PATH.fullmatch(file):
         raise DownloadError(f"{file!r} is not the name of a GGUF file.", "Name a file that ends in .gguf.")
     if not files:
-        there = _some([found.path for found in listing.files if found.path.endswith(".gguf")])
+        there = some([found.path for found in listing.files if found.path.endswith(".gguf")])
         raise DownloadError(f"{listing.repo} has no file {file}.", f"GGUF files there: {there}.")
     return files
 
@@ -137,9 +137,7 @@ def _no_weights(listing: Listing) -> DownloadError:
     paths = [found.path for found in listing.files]
     ggufs = [path for path in paths if path.endswith(".gguf")]
     if ggufs:
-        return DownloadError(
-            f"{listing.repo} holds GGUF files only.", f"Name the one to take (--file): {_some(ggufs)}."
-        )
+        return DownloadError(f"{listing.repo} holds GGUF files only.", f"Name the one to take (--file): {some(ggufs)}.")
     if any(path.endswith((".bin", ".pt", ".pth", ".ckpt")) for path in paths):
         return DownloadError(
             f"{listing.repo} holds its weights only as pickles, which can run code when they are opened.",
@@ -150,5 +148,6 @@ def _no_weights(listing: Listing) -> DownloadError:
     )
 
 
-def _some(names: list[str], most: int = 8) -> str:
+def some(names: Sequence[str], most: int = 8) -> str:
+    """The first few names, and how many more."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "none"

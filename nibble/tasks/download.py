@@ -1,4 +1,4 @@
-"""The task `download`: a model from a hub into home/models.
+"""The task `download`: a model from a hub into home/models, or a data set into home/data.
 
 Promises that nothing of its spec or its result is secret: a token comes from the environment or from home/tokens.
 """
@@ -12,19 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from nibble.config import HUBS, Settings, check_keys, load_settings
+from nibble.data import store
 from nibble.errors import ModelError
 from nibble.hub import DownloadError, Progress, Request, download
 
-KEYS = ["repo", "hub", "hubs", "revision", "name", "file", "home", "config", "resume"]
-"""What a spec may say; only `repo` must be there: `org/name`, or the address of its page. Without a `hub`, `hubs` or
+KEYS = ["repo", "hub", "hubs", "revision", "name", "file", "dataset", "home", "config", "resume"]
+"""What a spec may say; only `repo` must be there: `org/name`, or the address of its page. `dataset`: whether
+it is a data set, as the address of such a page says too. Without a `hub`, `hubs` or
 else those of the settings are tried. `hubs`, `home` and `config`, a settings file, are never a visitor's to choose."""
 
 PAGES = {
-    r"huggingface\.co|hf\.co": "huggingface",
-    r"hf-mirror\.com": "hf-mirror",
-    r"(?:www\.)?modelscope\.(?:cn|ai)/models": "modelscope",
+    r"(?:huggingface\.co|hf\.co)/datasets": ("huggingface", "dataset"),
+    r"hf-mirror\.com/datasets": ("hf-mirror", "dataset"),
+    r"(?:www\.)?modelscope\.(?:cn|ai)/datasets": ("modelscope", "dataset"),
+    r"huggingface\.co|hf\.co": ("huggingface", "model"),
+    r"hf-mirror\.com": ("hf-mirror", "model"),
+    r"(?:www\.)?modelscope\.(?:cn|ai)/models": ("modelscope", "model"),
 }
-"""Where models have their pages, and whose pages these are."""
+"""Where models and data sets have their pages, and whose pages these are."""
 
 LIBRARIES = {
     "TQDM_DISABLE": "1",
@@ -41,14 +46,14 @@ LIBRARIES = {
 
 
 def run(spec: Mapping[str, Any], report: Progress) -> dict[str, Any]:
-    """Download a model.
+    """Download a model or a data set.
 
     Args:
         spec: see KEYS.
         report: told bytes, and a line where another hub is tried.
 
     Returns:
-        `name`, `folder` and `bytes` of the model that is now there.
+        `name`, `folder` and `bytes` of what is now there; a data set is called as on its hub.
 
     Raises:
         NibbleError: an unknown key, or as `nibble.hub.download`.
@@ -61,7 +66,29 @@ def run(spec: Mapping[str, Any], report: Progress) -> dict[str, Any]:
     request = request_from(spec, settings)
     folder = download(request, report, settings.home_folder)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return {"name": request.target, "folder": str(folder), "bytes": size}
+    name = request.repo if request.kind == "dataset" else request.target
+    return {"name": name, "folder": str(folder), "bytes": size}
+
+
+def ensure_data(name: str, settings: Settings, report: Progress, *, paths: bool = False, config: str = "") -> Path:
+    """Where a data set lies; one of a hub is fetched first if it is not here yet.
+
+    Args:
+        name: as `nibble.data.store.find` takes it.
+        settings: their hubs are asked, in their order.
+        report: as of `run`.
+        paths: whether a path is accepted.
+        config: the settings file; empty is Nibble's own.
+
+    Raises:
+        NibbleError: nothing of that name, or as `nibble.hub.download`.
+    """
+    try:
+        return store.find(name, settings.home_folder, paths=paths)
+    except store.NotHere:
+        pass
+    run({"repo": name, "dataset": True, "home": settings.home, "hubs": list(settings.hubs), "config": config}, report)
+    return store.find(name, settings.home_folder)
 
 
 def refuse_trust(names: Iterable[str], source: str, trusted: Iterable[str]) -> None:
@@ -90,9 +117,11 @@ def request_from(spec: Mapping[str, Any], settings: Settings) -> Request:
         NibbleError: something in it is not what it must be.
     """
     text = {key: str(spec.get(key) or "").strip() for key in ("repo", "hub", "revision", "name", "file")}
-    for site, hub in PAGES.items():
+    kind = "dataset" if spec.get("dataset") else "model"
+    for site, (hub, shown) in PAGES.items():
         page = re.fullmatch(rf"https://(?:{site})/([^/?#]+/[^/?#]+)(?:/tree/([^?#]+))?/?(?:[?#].*)?", text["repo"])
-        if page:
+        if page and not (shown == "model" and page[1].startswith("datasets/")):
+            kind = shown
             text |= {"repo": page[1], "hub": text["hub"] or hub, "revision": text["revision"] or page[2] or ""}
     hub = text.pop("hub")
     if hub and hub not in HUBS:
@@ -100,4 +129,4 @@ def request_from(spec: Mapping[str, Any], settings: Settings) -> Request:
             f"There is no hub {hub!r}.", f"Hubs: {', '.join(HUBS)}; a mirror's address goes into config.yaml."
         )
     # Which model may bring code of its own is said by config.yaml alone, never by whoever asks for a download.
-    return Request(**text, hubs=(hub,) if hub else settings.hubs, trusted=settings.trust_remote_code)
+    return Request(**text, hubs=(hub,) if hub else settings.hubs, kind=kind, trusted=settings.trust_remote_code)

@@ -1,11 +1,12 @@
 """A hub on this machine: speaks to the client libraries of Hugging Face and ModelScope as the real ones do.
 
-Promises the requests that huggingface_hub 2.4 and modelscope_hub 0.5 make for a model, recorded from the libraries
-themselves: on Hugging Face model info with the files' sizes and hashes, the tree, HEAD and GET of `resolve` with
+Promises the requests that huggingface_hub 2.4 and modelscope_hub 0.5 make for a model or a data set, recorded from the
+libraries themselves: on Hugging Face model info with the files' sizes and hashes, the tree, HEAD and GET of `resolve` with
 X-Repo-Commit and ETag (a small file by a redirect on the hub, a large one by a redirect to another host with
 X-Linked-Size and X-Linked-ETag), the error codes in X-Error-Code; on ModelScope the existence probe, the list of files
-and the file itself, with ranges. Serves `<root>/<org>/<name>/<file>`; what goes wrong is said by `Fault`s. Knows
-nothing of Nibble. By Xet, Hugging Face's second way of moving large files, a file is one block of unpacked chunks.
+and the file itself, with ranges; for a data set the same under `datasets`, its list on ModelScope as `repo/tree` in
+pages. Serves `<root>/<org>/<name>/<file>` and `<root>/datasets/<org>/<name>/<file>`; what goes wrong is said by
+`Fault`s. Knows nothing of Nibble. By Xet, Hugging Face's second way of moving large files, a file is one block of unpacked chunks.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "5f0b02c75b57c5855da9ae460ce51323ea669d8a"
 BRANCHES = {"main", "master", "v1"}
-LARGE = (".safetensors", ".gguf", ".bin", ".model")
+LARGE = (".safetensors", ".gguf", ".bin", ".model", ".parquet")
 """Files that lie in LFS: they are sent from the other host."""
 
 
@@ -129,6 +130,11 @@ def git_hash(path: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()  # noqa: S324 - git's own
 
 
+def typed(repo: str) -> str:
+    """A repository with its kind before it, as addresses of an interface name it."""
+    return repo if repo.startswith("datasets/") else f"models/{repo}"
+
+
 def xorb(content: bytes) -> tuple[bytes, int]:
     """Xet's form of a block: chunks, each behind a header of version, packed length, scheme (0: none) and length."""
     chunks = [content[start : start + 65_536] for start in range(0, len(content), 65_536)]
@@ -136,19 +142,22 @@ def xorb(content: bytes) -> tuple[bytes, int]:
     return b"".join(b"\0" + size + b"\0" + size + chunk for size, chunk in zip(sizes, chunks, strict=True)), len(chunks)
 
 
+REPO = r"(?:models/)?(?P<repo>(?:datasets/)?[^/]+/[^/]+)"
+"""As it stands in an address of an interface; a data set lies in `<root>/datasets/`."""
+
 ROUTES = {
-    r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?": "hf_info",
-    r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)": "hf_tree",
-    r"/api/models/(?P<repo>[^/]+/[^/]+)/xet-read-token/(?P<revision>[^/]+)": "hf_xet",
+    rf"/api/{REPO}(/revision/(?P<revision>[^/]+))?": "hf_info",
+    rf"/api/{REPO}/tree/(?P<revision>[^/]+)": "hf_tree",
+    rf"/api/{REPO}/xet-read-token/(?P<revision>[^/]+)": "hf_xet",
     r"/v1/reconstructions/(?P<hash_>[0-9a-f]{64})": "xet_plan",
     r"/xorb/(?P<hash_>[0-9a-f]{64})": "xet_block",
-    r"/api/resolve-cache/models/(?P<repo>[^/]+/[^/]+)/(?P<revision>[^/]+)/(?P<path>.+)": "hf_small",
-    r"/(?P<repo>(?!api/|lfs/)[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)": "hf_resolve",
-    r"/lfs/(?P<repo>[^/]+/[^/]+)/(?P<path>.+)": "lfs",
-    r"/openapi/v1/models/(?P<repo>[^/]+/[^/]+)": "ms_exists",
+    rf"/api/resolve-cache/{REPO}/(?P<revision>[^/]+)/(?P<path>.+)": "hf_small",
+    r"/(?P<repo>(?!api/|lfs/)(?:datasets/)?[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)": "hf_resolve",
+    r"/lfs/(?P<repo>(?:datasets/)?[^/]+/[^/]+)/(?P<path>.+)": "lfs",
+    rf"/openapi/v1/{REPO}": "ms_exists",
     r"/api/v1/repos/internalAccelerationInfo": "ms_region",
-    r"/api/v1/models/(?P<repo>[^/]+/[^/]+)/repo/files": "ms_files",
-    r"/api/v1/models/(?P<repo>[^/]+/[^/]+)/repo": "ms_file",
+    rf"/api/v1/{REPO}/repo/(?:files|tree)": "ms_files",
+    rf"/api/v1/{REPO}/repo": "ms_file",
 }
 """Path -> the method that answers."""
 
@@ -228,7 +237,7 @@ class _Handler(BaseHTTPRequestHandler):
                     entry["lfs"] = {"sha256": sha256(path), "size": size, "pointerSize": 134}
             siblings.append(entry)
         siblings += [{"rfilename": name, "blobId": "0" * 40, "size": 1} for name in self.hubs.more]
-        self.json({"_id": "1", "id": repo, "modelId": repo, "sha": COMMIT, "private": False, "gated": False,
+        self.json({"_id": "1", "id": repo.removeprefix("datasets/"), "sha": COMMIT, "private": False, "gated": False,
                    "disabled": False, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})  # fmt: skip
 
     def hf_tree(self, repo: str, revision: str) -> None:
@@ -256,11 +265,11 @@ class _Handler(BaseHTTPRequestHandler):
         if file.suffix in LARGE:
             headers |= {"X-Linked-Size": str(self.listed_size(file)), "X-Linked-ETag": f'"{sha256(file)}"'}
             if self.hubs.xet:
-                route = f"{self.hubs.url}/api/models/{repo}/xet-read-token/{COMMIT}"
+                route = f"{self.hubs.url}/api/{typed(repo)}/xet-read-token/{COMMIT}"
                 headers |= {"X-Xet-Hash": sha256(file), "X-Xet-Refresh-Route": route}
             self.answer(302, b"", {**headers, "Location": f"{self.hubs.cdn}/lfs/{repo}/{path}?Signature=abc"})
         else:
-            self.answer(307, b"", {**headers, "Location": f"/api/resolve-cache/models/{repo}/{COMMIT}/{path}"})
+            self.answer(307, b"", {**headers, "Location": f"/api/resolve-cache/{typed(repo)}/{COMMIT}/{path}"})
 
     def hf_small(self, repo: str, revision: str, path: str) -> None:
         file = self.hubs.root / repo / path
@@ -331,6 +340,10 @@ class _Handler(BaseHTTPRequestHandler):
         files += [
             {"Name": name, "Path": name, "Type": "blob", "Size": 1, "Sha256": "0" * 64} for name in self.hubs.more
         ]
+        if "PageSize" in self.query:
+            # A data set's list comes in pages.
+            start, size = (int(self.query["PageNumber"]) - 1) * int(self.query["PageSize"]), int(self.query["PageSize"])
+            files = files[start : start + size]
         self.json({"Code": 200, "Data": {"Files": files}, "Message": "success", "RequestId": "r", "Success": True})
 
     def ms_file(self, repo: str) -> None:
