@@ -61,7 +61,7 @@ INSIDE = {
     | {"tasks.download"},
     "commands": READING
     | {"commands", "engines", "prompts.trial", "devices", "hosting", "jobs", "estimate", "lowbit.formats"}
-    | {"comparing", "quality.table", "quality.kept", "probe", "training.recipe", "data"},
+    | {"comparing", "quality.table", "quality.kept", "probe", "training.recipe", "training.order", "data"},
     "hosting": {"hosting"},
     "hub": {"hub", "library", "screen", "publish"},
     "data": READING | {"data", "prompts", "engines.base", "publish"},

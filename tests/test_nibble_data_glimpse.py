@@ -25,12 +25,6 @@ def save(path: Path, *values: Any) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def unlimited(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process is not the child's: its limits would stay."""
-    monkeypatch.setattr(looking, "_limit", lambda: None)
-
-
 def test_a_child_tells_all_the_page_shows(guide_model: Path, home: Path) -> None:
     found = glimpse.glimpse(guide_model, store.find("instructions", home), n=2)
     assert found["ok"] and found["complete"] and found["detection"]["form"] == "alpaca" and not found["problems"]

@@ -13,7 +13,7 @@ from nibble.data import check, rows, store
 from nibble.errors import DataError
 from nibble.hub import DownloadError, Listing, RemoteFile, Request, download
 from nibble.hub.datasets import choose_data
-from nibble.tasks.download import ensure_data, request_from, run
+from nibble.tasks.download import request_from, run
 from tests.support.downloads import BOTH, Told, surroundings
 from tests.support.hubs import Fault, Hubs
 
@@ -176,17 +176,22 @@ def test_the_address_of_its_page_says_that_it_is_a_data_set(address: str, hub: s
     assert (request.repo, request.hubs, request.kind) == (REPO, (hub,), "dataset")
 
 
-def test_training_may_fetch_what_it_names(sets: Hubs, home: Path) -> None:
-    settings = Settings(home=str(home), hubs=("https://127.0.0.1:9", "modelscope"))
-    told = Told()
-    folder = ensure_data(REPO, settings, told)
-    assert folder == store.find(REPO, home) and any("Trying modelscope" in note for note in told.notes)
+def test_training_fetches_what_it_names_once(
+    sets: Hubs, home: Path, guide_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nibble.tasks import finetune
+    from nibble.training import session
+
+    monkeypatch.setattr(session, "run", lambda order, *_, **__: {"rows": len(list(rows(order.data)))})
+    spec = {"data": REPO, "dry_run": True, "home": str(home), "device": "cpu"}
+    assert finetune.run(spec, Told()) == {"rows": 2001}
+    assert store.names(home)[-1] == REPO and sets.lines
     sets.heal()
-    assert ensure_data(REPO, settings, told) == folder and not sets.lines
-    assert ensure_data("quotes", settings, told) == store.find("quotes", home)
-    with pytest.raises(DataError, match="no data set"):
-        ensure_data("nothing", settings, told)
-    assert not sets.lines
+    with pytest.raises(DataError, match="no data set 'nothing'"):
+        finetune.run({**spec, "data": "nothing"}, Told())
+    with pytest.raises(DownloadError, match="no data set org/other"):
+        finetune.run({**spec, "data": "org/other"}, Told())
+    assert not sets.count("org/set")
 
 
 def test_the_task_imports_no_torch_and_the_console_says_how_to_go_on(sets: Hubs, tmp_path: Path) -> None:

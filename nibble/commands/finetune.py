@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from nibble.config import Settings
-from nibble.data import ColumnMap
+from nibble.data import ColumnMap, check
+from nibble.data.looking import open_encoder
+from nibble.data.store import NotHere
 from nibble.jobs import run_foreground
 from nibble.jobs.progress import duration, size
+from nibble.training.order import order_from
 from nibble.training.recipe import NAMES, Recipe, from_spec, read_spec
 
 SETTINGS = ["home", "device"]
+
+TOKENS_S = 10.0
+"""Time for a look at the tokens of a data set before there is a run."""
 
 ALIASES = {"model": "--base"}
 """Field of the recipe -> the flag's better name on a console; the field's own name works too."""
@@ -51,11 +57,32 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     spec |= {"dry_run": True} if arguments.dry_run else {}
     device = "cpu" if settings.device == "auto" else settings.device
     home = settings.home_folder
+    judge(spec, home)
     result = run_foreground("finetune", spec, home=home, exclusive=device, keep=not arguments.dry_run)
     if arguments.json:
         print(json.dumps(result, ensure_ascii=False, indent=2))
         return
     print("\n".join(lines(result)))
+
+
+def judge(spec: dict[str, Any], home: Path) -> None:
+    """Refuse what cannot be trained on before there is a run of it; fetch a data set that is on a hub.
+
+    Raises:
+        NibbleError: what is wrong, by its setting, row or column.
+    """
+    try:
+        order = order_from(spec)
+    except NotHere as missing:
+        run_foreground("download", {"repo": missing.name, "dataset": True, "home": str(home)}, home=home)
+        order = order_from(spec)
+    mapping = ColumnMap(columns=order.recipe.columns, leave_out=order.recipe.leave_out)
+    check(order.data, mapping).require()
+    # Tokens take longer: only a set that is read through soon is refused for them here, a longer one by the run.
+    encoder = open_encoder(order.base, order.recipe.max_length, trusted=order.trusted)
+    found = check(order.data, mapping, encode=encoder.encode, seconds=TOKENS_S)
+    if found.complete:
+        found.require()
 
 
 def absolute(name: str) -> str:

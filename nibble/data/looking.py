@@ -107,7 +107,6 @@ def open_encoder(folder: Path, max_length: int, *, trusted: bool) -> Encoder:
     refuse_bombs(templates(folder))
     from transformers import AutoTokenizer
 
-    _limit()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
     except Exception as error:  # noqa: BLE001 - a foreign folder can make transformers raise anything
@@ -190,6 +189,10 @@ def main() -> int:
     sink = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     spec = json.loads(sys.stdin.buffer.read())
+    # What it takes is not the data's, nor the model's.
+    from transformers import AutoTokenizer  # noqa: F401
+
+    _limit()
     try:
         answer = look(spec)
     except NibbleError as error:

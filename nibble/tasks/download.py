@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from nibble.config import HUBS, Settings, check_keys, load_settings
-from nibble.data import store
 from nibble.errors import ModelError
 from nibble.hub import DownloadError, Progress, Request, download
 
@@ -68,27 +67,6 @@ def run(spec: Mapping[str, Any], report: Progress) -> dict[str, Any]:
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     name = request.repo if request.kind == "dataset" else request.target
     return {"name": name, "folder": str(folder), "bytes": size}
-
-
-def ensure_data(name: str, settings: Settings, report: Progress, *, paths: bool = False, config: str = "") -> Path:
-    """Where a data set lies; one of a hub is fetched first if it is not here yet.
-
-    Args:
-        name: as `nibble.data.store.find` takes it.
-        settings: their hubs are asked, in their order.
-        report: as of `run`.
-        paths: whether a path is accepted.
-        config: the settings file; empty is Nibble's own.
-
-    Raises:
-        NibbleError: nothing of that name, or as `nibble.hub.download`.
-    """
-    try:
-        return store.find(name, settings.home_folder, paths=paths)
-    except store.NotHere:
-        pass
-    run({"repo": name, "dataset": True, "home": settings.home, "hubs": list(settings.hubs), "config": config}, report)
-    return store.find(name, settings.home_folder)
 
 
 def refuse_trust(names: Iterable[str], source: str, trusted: Iterable[str]) -> None:

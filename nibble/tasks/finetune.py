@@ -20,13 +20,14 @@ from typing import Any
 
 from nibble import tasks
 from nibble.config import load_settings
+from nibble.data.store import NotHere
 from nibble.errors import NibbleError
 from nibble.jobs import run_foreground
 from nibble.jobs.folder import JOB_ID, read_run, read_status, write_json
 from nibble.jobs.work import work
 from nibble.tasks import Report
 from nibble.training import checkpoints
-from nibble.training.order import order_from
+from nibble.training.order import Order, order_from
 from nibble.training.recipe import read_spec
 
 QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
@@ -52,7 +53,7 @@ def run(spec: Mapping[str, Any], report: Report) -> dict[str, Any]:
     """
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
-    order = order_from(spec)
+    order = _order(spec, report)
     # It imports torch; a refusal above needs none.
     from nibble.training import session
 
@@ -61,6 +62,20 @@ def run(spec: Mapping[str, Any], report: Report) -> dict[str, Any]:
         if folder is None or order.dry:
             folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="nibble-")))
         return session.run(order, report, folder, leads=leads())
+
+
+def _order(spec: Mapping[str, Any], report: Report) -> Order:
+    """The order of a spec; a data set of a hub that is not here yet is fetched, by the first process alone."""
+    try:
+        return order_from(spec)
+    except NotHere as missing:
+        if not leads():
+            raise
+        from nibble.tasks import download
+
+        wanted = {"repo": missing.name, "dataset": True, "home": spec.get("home"), "config": spec.get("config")}
+        download.run(wanted, report)
+        return order_from(spec)
 
 
 def leads() -> bool:

@@ -1,12 +1,13 @@
 """A hub on this machine: speaks to the client libraries of Hugging Face and ModelScope as the real ones do.
 
-Promises the requests that huggingface_hub 2.4 and modelscope_hub 0.5 make for a model or a data set, recorded from the
-libraries themselves: on Hugging Face model info with the files' sizes and hashes, the tree, HEAD and GET of `resolve` with
-X-Repo-Commit and ETag (a small file by a redirect on the hub, a large one by a redirect to another host with
-X-Linked-Size and X-Linked-ETag), the error codes in X-Error-Code; on ModelScope the existence probe, the list of files
-and the file itself, with ranges; for a data set the same under `datasets`, its list on ModelScope as `repo/tree` in
-pages. Serves `<root>/<org>/<name>/<file>` and `<root>/datasets/<org>/<name>/<file>`; what goes wrong is said by
-`Fault`s. Knows nothing of Nibble. By Xet, Hugging Face's second way of moving large files, a file is one block of unpacked chunks.
+Promises the requests that huggingface_hub 2.4 and modelscope_hub 0.5 make for a model or a data set, recorded from
+the libraries themselves: on Hugging Face model info with the files' sizes and hashes, the tree, HEAD and GET of
+`resolve` with X-Repo-Commit and ETag (a small file by a redirect on the hub, a large one by a redirect to another
+host with X-Linked-Size and X-Linked-ETag), the error codes in X-Error-Code; on ModelScope the existence probe, the
+list of files and the file itself, with ranges; for a data set the same under `datasets`, its list on ModelScope as
+`repo/tree` in pages. Serves `<root>/<org>/<name>/<file>` and `<root>/datasets/<org>/<name>/<file>`; what goes wrong
+is said by `Fault`s. Knows nothing of Nibble. By Xet, Hugging Face's second way of moving large files, a file is one
+block of unpacked chunks.
 """
 
 from __future__ import annotations
