@@ -132,7 +132,9 @@ def _build(settings: Settings, host: chat.Host, operator: Operator, i18n: gr.I18
         status = gr.HTML(elem_id="top", container=False, padding=False)
         # First, so that they get their names: the page's own events are named after their functions.
         models_ui.build_endpoints(operator, public=settings.public)
-        with gr.Tabs(elem_id="tabs"):
+        if not settings.public:
+            finetune_ui.build_endpoints(operator)
+        with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab(i18n("chat"), elem_id="chat-tab", id="chat") as talking:
                 standing = chat.build(chat.Frame(i18n, page, talking, status), host, operator, settings)
             if not settings.public:
@@ -140,9 +142,13 @@ def _build(settings: Settings, host: chat.Host, operator: Operator, i18n: gr.I18
                     frame = models_ui.Frame(i18n, shelf, status, standing)
                     bench = models_ui.build(frame, operator)
             with gr.Tab(i18n("finetune"), elem_id="finetune-tab", id="finetune") as teaching:
-                finetune_ui.build(i18n)
+                if settings.public:
+                    finetune_ui.build_public(i18n)
+                else:
+                    school = finetune_ui.build(finetune_ui.Frame(i18n, teaching, tabs, status, standing), operator)
         if not settings.public:
             bench.rest_behind(talking, teaching)
+            school.rest_behind(talking, shelf)
     # The engine's own queue decides whose turn it is; Gradio's only keeps a flood of calls out.
     page.queue(max_size=settings.queue_size, default_concurrency_limit=None, api_open=False)
     return page
@@ -181,8 +187,9 @@ def build_server(settings: Settings, host: chat.Host | None = None, config: str 
         server, page, path="", server_name=settings.host, server_port=settings.port,
         footer_links=[], run_history=False, app_kwargs={"openapi_url": None, "docs_url": None, "redoc_url": None},
         auth=_login(settings.auth) if settings.auth else None, root_path=address.root_path, allowed_paths=[],
-        blocked_paths=[str(settings.home_folder.resolve())], show_error=False, max_file_size="1mb", ssr_mode=False,
-        enable_monitoring=False, pwa=False, i18n=i18n, mcp_server=False, theme=theme(),
+        blocked_paths=[str(settings.home_folder.resolve())], show_error=False,
+        max_file_size=hosting.MOST_UPLOAD, ssr_mode=False, enable_monitoring=False, pwa=False, i18n=i18n,
+        mcp_server=False, theme=theme(),
         css="\n".join(sheet.read_text(encoding="utf-8") for sheet in sorted(LOOK.glob("*.css"))),
         js=(LOOK / "page.js").read_text(encoding="utf-8"),
         head=(LOOK / "head.html").read_text(encoding="utf-8"),

@@ -25,20 +25,12 @@ from nibble.chats import Conversation, to_json, to_markdown
 from nibble.doorstep import visitor_of
 from nibble.errors import NibbleError
 from nibble.words import language_of
+from parts.scripts import SAVE_FILE
 
 PAUSE_S = 0.05
 """Between two pictures of a growing answer: more a person does not see."""
 
 STATUS_S = 3.0
-
-SAVE_FILE = """(file) => {
-  if (!file) return;
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([file.text], {type: file.type}));
-  link.download = file.name;
-  link.click();
-  URL.revokeObjectURL(link.href);
-}"""
 
 REMEMBER = """(chat) => { sessionStorage.setItem("nibble-chat", chat ?? ""); }"""
 RECALL = """() => sessionStorage.getItem("nibble-chat") ?? "" """

@@ -15,39 +15,10 @@ import gradio as gr
 from nibble.config import HUBS
 from nibble.lowbit.formats import DEFAULT
 from nibble.wishes import MOST_CHARACTERS
+from parts.scripts import ACT, CHOOSE, TICK
 
 MOST_LISTED = 4_000
 """Characters of a field that takes several names."""
-
-CHOOSE_FORMATS = """
-const boxes = () => [...element.querySelectorAll("input")];
-const show = () => boxes().forEach((box) => { box.checked = (props.value || []).includes(box.value); });
-element.addEventListener("change", () => {
-  props.value = boxes().filter((box) => box.checked).map((box) => box.value);
-});
-watch(["value", "rows"], show);
-show();
-"""
-"""Value: the names of the formats whose boxes are ticked."""
-
-CHOOSE_MODEL = """
-element.addEventListener("click", (event) => {
-  const button = event.target.closest("[data-name]");
-  if (button) props.value = button.dataset.name;
-});
-"""
-"""Value: the `view.key` of the model or adapter that was chosen."""
-
-ACT = """
-element.addEventListener("click", (event) => {
-  const button = event.target.closest("[data-act]");
-  if (!button) return;
-  const { act, subject } = button.dataset;
-  if (act === "log") props.value = props.value === subject ? "" : subject;
-  else trigger('act', { act, subject });
-});
-"""
-"""Value: the id of the job whose log is unfolded. The event `act` tells which button of which job was pressed."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +100,7 @@ def build_widgets(i18n: gr.I18n) -> Widgets:
     Args:
         i18n: knows the words of `models_ui.words` by their keys, and those of the Chat tab.
     """
-    with gr.Column(elem_id="models-page"):
+    with gr.Column(elem_id="models-page", elem_classes="bench"):
         with gr.Row(elem_id="cards"):
             with gr.Column(elem_classes="card", elem_id="get"):
                 get = _get(i18n)
@@ -189,7 +160,7 @@ def _shrink(i18n: gr.I18n) -> Shrink:
         [], label=i18n("source"), info=i18n("source_info"), allow_custom_value=True, elem_id="source", interactive=True
     )
     formats = gr.HTML(
-        [DEFAULT], html_template="${rows}", rows="", js_on_load=CHOOSE_FORMATS, elem_id="formats",
+        [DEFAULT], html_template="${rows}", rows="", js_on_load=TICK, elem_id="formats",
         apply_default_css=False,
     )  # fmt: skip
     with gr.Accordion(i18n("advanced"), open=False, elem_classes="fold"):
@@ -214,7 +185,7 @@ def _shrink(i18n: gr.I18n) -> Shrink:
 def _keep(i18n: gr.I18n) -> Keep:
     _heading(i18n, "keep_models")
     library = gr.HTML(
-        "", html_template="${rows}", rows="", js_on_load=CHOOSE_MODEL, elem_id="library", apply_default_css=False
+        "", html_template="${rows}", rows="", js_on_load=CHOOSE, elem_id="library", apply_default_css=False
     )
     with gr.Row(elem_classes="tools"):
         load = gr.Button(i18n("shelf_load"), variant="primary", size="sm", interactive=False, elem_id="shelf-load")

@@ -11,7 +11,9 @@ import ipaddress
 import logging
 import os
 import re
+import shutil
 import socket
+import tempfile
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,8 +46,23 @@ SPOKEN = (b"host", b"origin", b"sec-fetch-site")
 FORGOTTEN = (b"x-forwarded-host", b"x-gradio-server")
 """Headers by which a caller could make Gradio believe that it stands at another address."""
 
-CLOSED_PATHS = ("/gradio_api/openapi.json", "/gradio_api/upload", "/monitoring", "/monitoring/summary")
+CLOSED_PATHS = (
+    "/gradio_api/openapi.json", "/gradio_api/process_recording", "/gradio_api/component_server", "/monitoring",
+    "/monitoring/summary",
+)  # fmt: skip
 """What Gradio serves and the page has no use for."""
+
+UPLOAD_PATH = "/gradio_api/upload"
+"""Where data sets arrive; closed in public mode."""
+
+MOST_UPLOAD = 512 * 2**20
+"""Bytes of one file."""
+
+MULTIPART = 2**16
+"""Bytes that stand around the file."""
+
+ROOM = 2**30
+"""Bytes that an upload leaves free on the disk."""
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 NOTEBOOK = re.compile(r"^(/dsw-[\w-]+)(?:/(?:lab|tree|notebooks|edit|terminals)\b.*|/?)$")
@@ -174,6 +191,7 @@ class Guard:
         self.app = app
         self.keeper = Doorkeeper.for_settings(settings)
         self.prefix = parse_root_path(settings.root_path, settings.port).path
+        self.closed = (*CLOSED_PATHS, UPLOAD_PATH) if settings.public else CLOSED_PATHS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection; websockets are closed, as the page uses none."""
@@ -194,8 +212,12 @@ class Guard:
             log.warning("Refused: %s", reason)
             return await _reply(dressed, 403, reason)
         path = self._without_prefix(scope["path"])
-        if path.rstrip("/").endswith(CLOSED_PATHS):
+        if path.rstrip("/").endswith(self.closed):
             return await _reply(dressed, 404, "not found")
+        if path.rstrip("/").endswith(UPLOAD_PATH) and scope["method"] == "POST":
+            status, reason = upload_refusal(headers.get(b"content-length", b""))
+            if reason:
+                return await _reply(dressed, status, reason)
         inner = {
             **scope,
             "path": path,
@@ -208,6 +230,22 @@ class Guard:
         if self.prefix and (path == self.prefix or path.startswith(self.prefix + "/")):
             return path[len(self.prefix) :] or "/"
         return path
+
+
+def upload_refusal(length: bytes) -> tuple[int, str]:
+    """Status and line with which an upload is refused before it is read; the line is empty when it passes.
+
+    Args:
+        length: the Content-Length header; empty where there was none.
+    """
+    if not length.isdigit():
+        return 411, "An upload must tell its length."
+    if int(length) > MOST_UPLOAD + MULTIPART:
+        return 413, f"A file of more than {MOST_UPLOAD >> 20} MB is not taken here: name its path on the console."
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if int(length) + ROOM > free:
+        return 507, "There is no room for this file on the disk."
+    return 200, ""
 
 
 async def _reply(send: Send, status: int, line: str) -> None:

@@ -30,6 +30,7 @@ from nibble.lowbit.formats import resolve
 from nibble.probe import Machine
 from nibble.quality.kept import kept, merge
 from nibble.tasks.download import refuse_trust, request_from
+from nibble.tuning import Tuning
 from nibble.wishes import Download, Evaluate, Quantize, text
 
 MOST_JOBS = 200
@@ -53,7 +54,7 @@ class Host(Protocol):
     async def unload(self) -> None: ...
 
 
-class Operator:
+class Operator(Tuning):
     """What may be done, and what there is to know, with the models and jobs of one home."""
 
     def __init__(self, host: Host, settings: Settings, config: str = "") -> None:

@@ -1,4 +1,4 @@
-"""What an operator may wish for: a model to get, to shrink, to judge; checked, and put as a task takes it.
+"""What an operator may wish for: a model to get, to shrink, to judge, to teach; checked, and put as a task takes it.
 
 Promises that whatever cannot be is said in one sentence, by the field's name or its value, whatever type a script sent.
 Knows nothing of what is on this machine.
@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nibble import library
+from nibble.config import check_keys
 from nibble.errors import ModelError
 from nibble.lowbit.formats import resolve
+from nibble.training.recipe import NAMES, Recipe
 
 MODULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]{0,199}")
 """Part of the dotted path of a model's module, such as lm_head or layers.0.mlp."""
@@ -23,6 +25,15 @@ MOST_CHARACTERS = 1_000
 
 MOST_RULES = 1_000
 """Modules that one wish may name: more no model has."""
+
+MOST_PROMPTS, MOST_NEW_TOKENS = 20, 4096
+"""Of a comparison."""
+
+PROMPTS = (
+    "The paradox of time and eternity is",
+    "There are two things that matter:",
+    "In the quiet embrace of the night,",
+)
 
 
 @dataclass(frozen=True)
@@ -145,7 +156,7 @@ def names(value: object) -> Collection[object]:
 def mapping(value: object) -> Mapping[object, object]:
     """A mapping; None is an empty one."""
     if not isinstance(value or {}, Mapping) or len(value or {}) > MOST_RULES:  # type: ignore[arg-type]
-        raise ModelError(f"{str(value)[:40]!r} is not a mapping.", "Give modules, each with the name of a format.")
+        raise ModelError(f"{str(value)[:40]!r} is not a mapping.", "Give names, each with its value.")
     return value or {}  # type: ignore[return-value]
 
 
@@ -161,3 +172,102 @@ def number(name: str, value: object) -> float | int | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
         raise ModelError(f"{name} is {str(value)[:40]!r}.", "It must be a number above 0.")
     return value
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """An adapter to train, or to try for two steps."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `nibble.training.recipe.Recipe`; what is left out is its default."""
+
+    def recipe(self) -> Recipe:
+        """The checked settings.
+
+        Raises:
+            NibbleError: an unknown setting, or one that cannot be.
+        """
+        told = {str(key): value for key, value in mapping(self.settings).items() if value is not None}
+        # Whose turn it is and where things lie is the server's to say: a recipe holds none of that.
+        check_keys(told, list(NAMES), "settings")
+        recipe = Recipe(**told)  # type: ignore[arg-type]
+        new_name(recipe.out)
+        return recipe
+
+
+@dataclass(frozen=True)
+class Merge:
+    """An adapter to make a model of."""
+
+    adapter: str
+    out: str = ""
+    """Name of the model; empty is the task's choice."""
+    low_bit: Sequence[str] = ()
+    """Formats in which it is kept too."""
+
+    def spec(self) -> dict[str, Any]:
+        """What the task is told.
+
+        Raises:
+            NibbleError: a name or a format that cannot be.
+        """
+        return {"adapter": text(self.adapter), "out": new_name(self.out), "low_bit": formats(self.low_bit)}
+
+
+@dataclass(frozen=True)
+class Compare:
+    """An adapter, or the checkpoints of a run, to compare with the base."""
+
+    adapter: str = ""
+    run: str = ""
+    """Id of a run, in place of an adapter."""
+    checkpoints: Sequence[int] | str = ()
+    """Steps of the run that are compared too; `all` is every one."""
+    prompts: Sequence[str] = ()
+    """None are the tutorial's."""
+    seed: int = 42
+    max_new_tokens: int | None = None
+    """None is the task's own."""
+
+    def spec(self) -> dict[str, Any]:
+        """What the task is told.
+
+        Raises:
+            NibbleError: a name, step or number that cannot be; neither an adapter nor a run, or both.
+        """
+        named = {key: text(getattr(self, key)) for key in ("adapter", "run")}
+        if bool(named["adapter"]) == bool(named["run"]):
+            raise ModelError("Nothing to compare is named.", "Name an adapter, or a run.")
+        longest = number("max_new_tokens", self.max_new_tokens)
+        return {
+            **{key: value for key, value in named.items() if value},
+            "checkpoints": steps(self.checkpoints),
+            "prompts": prompts(self.prompts),
+            "seed": whole("seed", self.seed, 2**32 - 1),
+            **({"max_new_tokens": whole("max_new_tokens", longest, MOST_NEW_TOKENS)} if longest is not None else {}),
+        }
+
+
+def prompts(value: object) -> list[str]:
+    """Texts to go on from: a list, or the lines of one text."""
+    items = value.splitlines() if isinstance(value, str) else value or ()
+    if not isinstance(items, (list, tuple)) or len(items) > MOST_PROMPTS:
+        raise ModelError("prompts is not a list.", f"Give up to {MOST_PROMPTS} short texts.")
+    return [prompt for item in items if (prompt := text(item))]
+
+
+def steps(value: object) -> list[int] | str:
+    """Steps of checkpoints: `all`, a list, or the numbers in a text."""
+    if isinstance(value, str):
+        if value.strip() == "all":
+            return "all"
+        value = [int(part) if part.strip().isdecimal() else part for part in names(value) if isinstance(part, str)]
+    return sorted({whole("checkpoints", item, 10**9) for item in names(value)})
+
+
+def whole(name: str, value: object, most: int) -> int:
+    """A whole number from 0 to `most`."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most and value % 1 == 0
+    if not good:
+        raise ModelError(f"{name} is {str(value)[:40]!r}.", f"It must be a whole number from 0 to {most:,}.")
+    return int(value)  # type: ignore[call-overload, no-any-return]

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from nibble.config import Settings
+from nibble.training.recipe import Recipe
 
 Flags = list[str]
 
@@ -30,7 +32,7 @@ def _pick(limits: Mapping[str, float]) -> Flags:
     return flags + (["--max-kl", f"{limits['max_kl']:g}"] if "max_kl" in limits else [])
 
 
-SUBJECT = {"download": "repo", "quantize": "model", "evaluate": "model"}
+SUBJECT = {"download": "repo", "quantize": "model", "evaluate": "model", "merge": "adapter", "compare": "adapter"}
 """Task -> the key of its spec that stands without a flag."""
 
 FLAGS: Mapping[str, Callable[[Any], Flags]] = {
@@ -46,11 +48,21 @@ FLAGS: Mapping[str, Callable[[Any], Flags]] = {
     "evaluate": lambda wanted: [] if wanted else ["--no-report"],
     "against": _value("--against"),
     "tokens": _value("--tokens"),
+    "checkpoints": lambda steps: (
+        ["--checkpoints", ",".join(map(str, steps)) if steps != "all" else "all"] if steps else []
+    ),
+    "prompts": lambda prompts: [part for prompt in prompts for part in ("--prompt", prompt)],
+    "seed": _value("--seed"),
+    "max_new_tokens": _value("--max-new-tokens"),
     "device": lambda kind: [] if kind == "cpu" else ["--device", kind],
     "config": _value("--config"),
     "home": lambda home: [] if Path(home) == Settings().home_folder else ["--home", str(home)],
 }
 """Key of a spec -> the flags that say the same."""
+
+
+SERVERS = ("device", "config", "home")
+"""Of those, what a fine-tuning has too; the rest it says in its own way."""
 
 
 def command(task: str, spec: Mapping[str, Any]) -> str:
@@ -60,10 +72,34 @@ def command(task: str, spec: Mapping[str, Any]) -> str:
         task: as in run.yaml.
         spec: what the task is told.
     """
-    if task not in SUBJECT:
+    if task not in SUBJECT and task != "finetune":
         return ""
-    words = ["python", "-m", "nibble", task, str(spec.get(SUBJECT[task], ""))]
+    subject = _recipe(spec) if task == "finetune" else [_subject(task, spec)]
+    words = ["python", "-m", "nibble", task, *subject]
     for key, flags in FLAGS.items():
-        if key in spec:
+        if key in spec and (task != "finetune" or key in SERVERS):
             words += flags(spec[key])
     return shlex.join(words)
+
+
+def _subject(task: str, spec: Mapping[str, Any]) -> str:
+    # A comparison is of an adapter, or of a run.
+    return str(spec.get(SUBJECT[task]) or spec.get("run") or "")
+
+
+def _recipe(spec: Mapping[str, Any]) -> Flags:
+    """The settings of a fine-tuning that are not the defaults; base and data set always."""
+    flags = ["--base", str(spec.get("model", "")), "--data", str(spec.get("data", ""))]
+    for item in fields(Recipe):
+        value, usual = spec.get(item.name), item.default
+        usual = {} if usual is MISSING else list(usual) if isinstance(usual, tuple) else usual
+        if item.name in ("model", "data") or value is None or value == usual:
+            continue
+        name = f"--{item.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            flags.append(name if value else f"--no-{name[2:]}")
+        elif isinstance(value, Mapping):
+            flags += [name, ", ".join(f"{key}={column}" for key, column in value.items())]
+        else:
+            flags += [name, ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)]
+    return flags + (["--dry-run"] if spec.get("dry_run") else [])

@@ -24,6 +24,9 @@ STATES = {"failed": "failed_job", "stopped": "stopped_job"}
 """State -> the key of its word, where it is not the state itself."""
 
 
+MAKERS = ("quantize", "download", "merge")
+"""Tasks that make models."""
+
 SLOWEST = 0.05
 """Units a second: below it, a speed would read 0.0."""
 
@@ -31,8 +34,11 @@ SLOWEST = 0.05
 def title(job: Plain, language: Language) -> str:
     """What a job does, in a few words; not escaped."""
     spec, task = job["spec"], job["task"]
-    what = str(spec.get(SUBJECT.get(task, "model"), ""))
+    what = str(spec.get(SUBJECT.get(task, "model")) or spec.get("run") or "")
     what = PurePath(what).name if spec.get("paths") else what
+    if task == "finetune":
+        key = "job_dry" if spec.get("dry_run") else "job_finetune"
+        return WORDS.say(key, language, what=what, data=spec.get("data", ""), name=spec.get("out", ""))
     empty = "picked_format" if spec.get("pick") else "own_format"
     chosen = ", ".join(spec.get("low_bit") or ()) or WORDS.say(empty, language)
     key = f"job_{task}" if task in SUBJECT else "job_other"
@@ -96,8 +102,9 @@ def made(job: Plain) -> list[str]:
     if job["state"] != "done":
         return []
     # A GGUF file alone is a source: it is shrunk before it is loaded.
-    found = result.get("models", ()) if job["task"] == "quantize" else [] if job["spec"].get("file") else [result]
-    return [str(model["name"]) for model in found if job["task"] in ("quantize", "download") and model.get("name")]
+    found = [] if job["spec"].get("file") or job["task"] == "quantize" else [result]
+    found += result.get("models") or []
+    return [str(model["name"]) for model in found if job["task"] in MAKERS and model.get("name")]
 
 
 def _progress(job: Plain, say: Say) -> str:

@@ -55,9 +55,10 @@ INSIDE = {
     | {"comparing", "adapters", "training", "quality", "data", "transformers", "qlora", "lowbit", "devices", "prompts"}
     | {"publish", "tasks", "engines"},
     "border": {"border", "words"},
-    "wishes": READING | {"wishes", "lowbit.formats"},
+    "wishes": READING | {"wishes", "lowbit.formats", "training.recipe"},
+    "tuning": READING | {"tuning", "wishes", "jobs", "data", "adapters", "training", "tasks.download"},
     "operator": READING
-    | {"operator", "wishes", "engines", "jobs", "estimate", "probe", "quality", "publish", "lowbit.formats"}
+    | {"operator", "tuning", "wishes", "engines", "jobs", "estimate", "probe", "quality", "publish", "lowbit.formats"}
     | {"tasks.download"},
     "commands": READING
     | {"commands", "engines", "prompts.trial", "devices", "hosting", "jobs", "estimate", "lowbit.formats"}

@@ -6,11 +6,11 @@ a tokenizer is in `nibble.data.render` and `.preview`, which are handed one. Kno
 
 from nibble.data.check import Problem, Report, check, rows
 from nibble.data.forms import FORMS, Detection
-from nibble.data.read import Source, open_source
+from nibble.data.read import SUFFIXES, Source, open_source
 from nibble.data.rows import ColumnMap, Record, Row, Sample
 from nibble.data.shipped import SHIPPED, find
 
 __all__ = [
-    "FORMS", "SHIPPED", "ColumnMap", "Detection", "Problem", "Record", "Report", "Row", "Sample", "Source", "check",
-    "find", "open_source", "rows",
+    "FORMS", "SHIPPED", "SUFFIXES", "ColumnMap", "Detection", "Problem", "Record", "Report", "Row", "Sample", "Source",
+    "check", "find", "open_source", "rows",
 ]  # fmt: skip

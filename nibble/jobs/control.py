@@ -13,8 +13,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -168,14 +169,17 @@ def _reap(process: subprocess.Popen[bytes], folder: Path, attempt: int) -> None:
             write_json(folder / "exit.json", {"attempt": attempt, "code": code})
 
 
-def list_jobs(home: Path, limit: int | None = None) -> list[Job]:
+def list_jobs(home: Path, limit: int | None = None, tasks: Collection[str] = ()) -> list[Job]:
     """The runs, newest first. Folders that are no runs are passed over; a broken run says what is wrong with it.
 
     Args:
         home: Nibble's home folder.
         limit: only so many of the newest; reading one takes about a millisecond.
+        tasks: only those of these tasks; none is all.
     """
-    jobs = [read(folder) for folder in _folders(home)[:limit]]
+    # An id tells the task: of what is not asked for nothing is read.
+    named = (folder for folder in _folders(home) if not tasks or folder.name.split("-")[2] in tasks)
+    jobs = [read(folder) for folder in islice(named, limit)]
     return sorted(jobs, key=lambda job: (job.created, job.id), reverse=True)
 
 

@@ -1,0 +1,220 @@
+"""What an operator of the page may do to teach a model: look at data, try a run, start it, compare, merge.
+
+Promises that a data set is named or uploaded and never given as a path, that it is read through before any job starts,
+and that whatever is wrong is said with the row or the column. Knows nothing of Gradio, torch and languages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Mapping
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nibble import jobs, library, screen
+from nibble.config import Settings
+from nibble.data import ColumnMap, Report, check, open_source, store
+from nibble.data.forms import as_columns
+from nibble.data.glimpse import glimpse
+from nibble.errors import DataError, JobError
+from nibble.tasks.download import refuse_trust
+from nibble.training.recipe import Recipe
+from nibble.wishes import Compare, Finetune, Merge, text
+
+TASKS = ("finetune", "merge", "compare")
+"""The tasks of this work."""
+
+LOOKED_AT = 20_000
+"""Rows by which a data set is judged while settings are still being made; all are read before a job starts."""
+
+FIRST = 3
+"""Rows that are shown as they stand in the file."""
+
+MOST_SAMPLES = 20
+"""Shown as tokens at once."""
+
+MOST_SHOWN = 300
+"""Characters of a value in such a row."""
+
+
+class Tuning:
+    """The part of `nibble.operator.Operator` that teaches."""
+
+    if TYPE_CHECKING:
+        _settings: Settings
+
+        @property
+        def home(self) -> Path: ...
+
+        def _folder(self, name: object) -> Path: ...
+        def _local(self, model: object, key: str = "model") -> dict[str, Any]: ...
+        def _start(self, task: str, spec: Mapping[str, Any], *, alone: bool = True) -> dict[str, Any]: ...
+
+    # Data sets.
+
+    def data_sets(self) -> list[str]:
+        """Names of the data sets that are here: those that ship, then those that were kept."""
+        return store.names(self.home)
+
+    def keep_data(self, upload: Path, name: str = "") -> str:
+        """Keep an uploaded file as a data set; its name. The upload itself is gone then.
+
+        Raises:
+            DataError: it is no data file, or there is no room.
+        """
+        try:
+            return store.keep(upload, self.home, text(name))
+        finally:
+            upload.unlink(missing_ok=True)
+
+    def look(self, wish: Finetune) -> dict[str, Any]:
+        """What a data set was recognised as, and what is wrong with its first `LOOKED_AT` rows.
+
+        Raises:
+            NibbleError: a setting that cannot be, or no data set of that name.
+        """
+        recipe = wish.recipe()
+        return as_plain(check(self._data(recipe), columns_of(recipe), LOOKED_AT), recipe.data)
+
+    def preview(self, wish: Finetune, samples: int = 3) -> dict[str, Any]:
+        """What the model would be trained on: the first samples as tokens. Takes some seconds.
+
+        Raises:
+            NibbleError: as `look`, or a model that is not here.
+        """
+        recipe = wish.recipe()
+        if isinstance(samples, bool) or not isinstance(samples, int) or not 1 <= samples <= MOST_SAMPLES:
+            raise DataError(f"samples is {str(samples)[:40]!r}.", f"It must be a number from 1 to {MOST_SAMPLES}.")
+        return glimpse(
+            self._folder(recipe.model), self._data(recipe), mapping=columns_of(recipe), max_length=recipe.max_length,
+            n=samples, trusted=recipe.model in self._settings.trust_remote_code,
+        )  # fmt: skip
+
+    def _data(self, recipe: Recipe) -> Path:
+        return store.find(text(recipe.data), self.home)
+
+    # Work that takes long: each starts a job, and the job is returned at once.
+
+    def finetune(self, wish: Finetune) -> dict[str, Any]:
+        """Train an adapter.
+
+        Raises:
+            NibbleError: a setting, model or data set that cannot be; or the same is under way already.
+        """
+        recipe = self._judged(wish)
+        spec = recipe.as_spec() | self._local(recipe.model)
+        out = recipe.out or self._free_name(recipe, spec)
+        refuse_trust([out], recipe.model, self._settings.trust_remote_code)
+        return self._start("finetune", spec | {"out": out})
+
+    def dry_run(self, wish: Finetune) -> dict[str, Any]:
+        """Measure two steps of what `finetune` would do, and keep nothing.
+
+        Raises:
+            NibbleError: as `finetune`.
+        """
+        recipe = self._judged(wish)
+        return self._start("finetune", recipe.as_spec() | self._local(recipe.model) | {"dry_run": True})
+
+    def _judged(self, wish: Finetune) -> Recipe:
+        """The recipe, once its model and every row of its data are known to be usable."""
+        recipe = wish.recipe()
+        trusted = self._settings.trust_remote_code
+        screen.check(self._folder(recipe.model), trust_remote_code=recipe.model in trusted)
+        check(self._data(recipe), columns_of(recipe)).require()
+        return recipe
+
+    def _free_name(self, recipe: Recipe, spec: Mapping[str, Any]) -> str:
+        """A name for the adapter that replaces no other; of work that is under way already its own, to be refused."""
+        live = [job.spec for job in jobs.live_jobs(self.home) if job.task == "finetune"]
+        for other in live:
+            if {**spec, "out": ""} == {**{key: other.get(key) for key in spec}, "out": ""}:
+                return str(other["out"])
+        names = f"{Path(recipe.model).name}-{Path(recipe.data).stem}"
+        base = re.sub(r"[^A-Za-z0-9._-]+", "-", names).strip("-.")[:100] or "adapter"
+        taken = {card.name for card in library.adapters(self.home)} | {str(other.get("out")) for other in live}
+        return next(name for name in chain([base], (f"{base}-{n}" for n in count(2))) if name not in taken)
+
+    def merge(self, wish: Merge) -> dict[str, Any]:
+        """Make a model of an adapter and its base.
+
+        Raises:
+            NibbleError: no such adapter, or a name or format that cannot be.
+        """
+        spec = wish.spec()
+        library.find_adapter(spec["adapter"], self.home)
+        return self._start("merge", {key: value for key, value in spec.items() if value})
+
+    def compare(self, wish: Compare) -> dict[str, Any]:
+        """Set an adapter, or checkpoints of a run, beside the base.
+
+        Raises:
+            NibbleError: no such adapter or run, or a number that cannot be.
+        """
+        spec = wish.spec()
+        if "adapter" in spec:
+            library.find_adapter(spec["adapter"], self.home)
+        else:
+            jobs.find(spec["run"], self.home)
+        return self._start("compare", spec)
+
+    def compare_report(self, job_id: str = "") -> dict[str, Any]:
+        """The report of a comparison that has ended, and the same as a page under `html`; the latest without an id.
+
+        Raises:
+            JobError: there is none of that id, or none at all, or it has not come to its end.
+        """
+        name = text(job_id)
+        found = [jobs.find(name, self.home)] if name else jobs.list_jobs(self.home, tasks=["compare"])
+        job = next((job for job in found if job.task == "compare" and job.state == "done"), None)
+        if job is None:
+            what = f"{name} is no comparison that has ended." if name else "Nothing has been compared yet."
+            raise JobError(what, "Start one, and wait for its end.")
+        page = job.folder / "compare.html"
+        return {**(job.status.result or {}), "id": job.id, "html": page.read_text(encoding="utf-8")}
+
+    def runs(self, limit: int = 30) -> list[dict[str, Any]]:
+        """The newest jobs of this work: trainings, dry runs, comparisons, merges."""
+        return [job.as_dict() for job in jobs.list_jobs(self.home, limit=limit, tasks=TASKS)]
+
+
+def columns_of(recipe: Recipe) -> ColumnMap:
+    """What the recipe says of the data set's columns."""
+    return ColumnMap(columns=recipe.columns, leave_out=recipe.leave_out)
+
+
+def as_plain(report: Report, name: str) -> dict[str, Any]:
+    """A check's report as plain data, without paths, with the first rows as they stand in the file."""
+    found = report.detection
+    return {
+        "name": name,
+        **{key: getattr(report, key) for key in ("ok", "kind", "unit", "rows", "usable", "characters", "complete")},
+        "form": found.form if found else "",
+        "columns": dict(found.columns) if found else {},
+        "found": list(found.found) if found else [],
+        "given": found.given if found else False,
+        "why": found.why if found else "",
+        "problems": [
+            {"kind": problem.kind, "fatal": problem.fatal, "sentence": problem.sentence(report.unit)}
+            for problem in sorted(report.problems, key=lambda problem: not problem.fatal)
+        ],
+        "first": first_rows(report) if report.kind else [],
+    }
+
+
+def first_rows(report: Report) -> list[dict[str, str]]:
+    """The first rows as they stand in the file: column -> the beginning of what it holds."""
+    rows: list[dict[str, str]] = []
+    with contextlib.suppress(DataError):
+        for record in islice(open_source(report.path).records(), FIRST):
+            value = as_columns(record.value) if record.fault is None else {}
+            rows.append({str(key): _short(item) for key, item in value.items()})
+    return rows
+
+
+def _short(value: Any) -> str:
+    whole = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return whole if len(whole) <= MOST_SHOWN else whole[:MOST_SHOWN] + "…"
