@@ -32,6 +32,9 @@ LOG_LINES = 40
 SHOWN_AFTER = 4
 """Comparisons and merges that are listed."""
 
+COLORS = ("#1f9488", "#d99a1c")
+"""Of the first curve and the second."""
+
 LOSSES = {"loss": "line_loss", "eval_loss": "line_eval"}
 """Key of a row -> the word for its curve."""
 
@@ -76,6 +79,7 @@ class Scene:
         shown = {
             self.w.data.found: gr.update(rows=view.found(report, say)),
             self.w.data.columns: gr.update(rows=view.mapper(report, say)),
+            self.w.data.leave_out: gr.update(visible=bool(told.get("leave_out")) or not report["ok"]),
         }
         return shown, report["ok"]
 
@@ -158,10 +162,11 @@ class Scene:
         if now == drawn:
             return changes
         losses = {key: say.plain(word) for key, word in LOSSES.items()}
+        end = max([rows[-1]["step"] if rows else 0.0, float(run["spec"].get("max_steps") or 0)])
         return changes | {
-            train.plots: gr.Row(visible=bool(rows)),
-            train.loss: _frame(curve(rows, losses)),
-            train.rate: _frame(curve(rows, {"learning_rate": "rate"})),
+            train.plots: gr.Row(visible=len(rows) > 1),
+            train.loss: _plot(curve(rows, losses), end),
+            train.rate: _plot(curve(rows, {"learning_rate": say.plain("plot_rate")}), end),
             train.drawn: now,
         }
 
@@ -190,5 +195,12 @@ class Scene:
         }
 
 
-def _frame(points: Sequence[tuple[float, float, str]]) -> pandas.DataFrame:
-    return pandas.DataFrame(points, columns=["step", "value", "curve"])
+def _plot(points: Sequence[tuple[float, float, str]], end: float) -> Any:
+    """A plot of these points, up to the last step that there will be."""
+    if not points:
+        return gr.update(value=None)
+    frame = pandas.DataFrame(points, columns=["step", "value", "curve"])
+    # Another set of colours has the browser draw it anew: to new numbers alone it does not give another curve.
+    names = dict.fromkeys(name for _, _, name in points)
+    colors = dict(zip(names, COLORS, strict=False))
+    return gr.update(value=frame, color_map=colors, x_lim=[0, end])

@@ -89,7 +89,8 @@ def mapper(report: Plain, say: Say) -> str:
         for field in (*form.needs, *form.may)
     ]
     now = escape(json.dumps({key: report[key] for key in ("form", "columns", "given")}))
-    return f"<div class='fields' data-now='{now}'>{head}{''.join(rows)}</div>"
+    fields = f"<div class='fields' data-now='{now}'>{head}{''.join(rows)}</div>"
+    return f"<details><summary>{say('columns_fold')}</summary>{fields}</details>"
 
 
 # What is trained.
@@ -196,9 +197,14 @@ def dry(job: Plain, *, changed: bool, say: Say) -> str:
                               whole=f"{result['parameters']:,}")),
         ("dry_cut", f"{100 * result['truncated_share']:.1f} %"),
     ]  # fmt: skip
-    notes = "".join(small(escape(note)) for note in result.get("notes") or ())
     note = small(say("dry_changed")) if changed else ""
-    return f"{verdict}{note}{facts(pairs, say)}{notes}"
+    return f"{verdict}{note}{facts(pairs, say)}{_notes(result, say)}"
+
+
+def _notes(result: Plain, say: Say) -> str:
+    """What a job has told besides, folded."""
+    lines = "".join(small(escape(str(note))) for note in result.get("notes") or ())
+    return f"<details data-fold='notes'><summary>{say('notes')}</summary>{lines}</details>" if lines else ""
 
 
 def facts(pairs: Sequence[tuple[str, str]], say: Say) -> str:
@@ -265,9 +271,7 @@ def result(job: Plain, say: Say) -> str:
         ("fact_memory", size(known["peak_memory_bytes"]) if known.get("peak_memory_bytes") else ""),
         ("fact_adapter", name),
     ]
-    notes = "".join(small(escape(str(note))) for note in known.get("notes") or ())
-    return facts(pairs, say) + (f"<details data-fold='notes'><summary>{say('notes')}</summary>{notes}</details>"
-                                if notes else "")  # fmt: skip
+    return facts(pairs, say) + _notes(known, say)
 
 
 def steps(rows: Sequence[Plain], say: Say) -> str:

@@ -18,9 +18,6 @@ from nibble.lowbit.formats import FORMATS
 from nibble.wishes import MOST_CHARACTERS, PROMPTS
 from parts.scripts import ACT, CHOOSE, FILL_IN, KEEP_OPEN, MAP
 
-COLORS = {"training": "#1f9488", "训练": "#1f9488", "held out": "#d99a1c", "留出": "#d99a1c", "rate": "#1f9488"}
-"""Name of a curve in either language -> its colour."""
-
 MOST_PROMPT_LINES = 20_000
 """Characters of all prompts together."""
 
@@ -191,9 +188,9 @@ def _data(i18n: gr.I18n) -> tuple[Any, ...]:
     upload = gr.File(label=i18n("drop"), file_types=list(SUFFIXES), height=104, elem_id="tune-upload", show_label=True)
     said = _said("data-said")
     found = _html("found", js_on_load=KEEP_OPEN)
-    with gr.Accordion(i18n("columns_fold"), open=False, elem_classes="fold", elem_id="columns-fold"):
-        columns = _html("columns", {}, js_on_load=MAP)
-        leave_out = gr.Checkbox(False, label=i18n("leave_out"), elem_id="leave-out")
+    # A fold of its own: what lies in a closed one of Gradio's is not there to be changed.
+    columns = _html("columns", {}, js_on_load=MAP)
+    leave_out = gr.Checkbox(False, label=i18n("leave_out"), elem_id="leave-out")
     return model, data, upload, found, columns, leave_out, said
 
 
@@ -237,11 +234,12 @@ def _train(i18n: gr.I18n) -> Train:
                 height=220,
                 label=i18n(f"plot_{name}"),
                 show_label=True,
-                color_map=COLORS,
+                color_map={},
                 min_width=240,
                 buttons=[],
                 elem_id=f"plot-{name}",
                 tooltip="all",
+                colors_in_legend=None if name == "loss" else [],
             )  # fmt: skip
             for name in ("loss", "rate")
         )

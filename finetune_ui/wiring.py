@@ -58,7 +58,7 @@ class Wiring:
         data, settings, dry, train, after = w.data, w.settings, w.dry, w.train, w.after
         fields, work = list(w.fields), self.scene.working
         here = [w.runs, dry.job, train.job, after.jobs, train.drawn, *fields]
-        seen = [data.found, data.columns, data.trained, data.looked]
+        seen = [data.found, data.columns, data.leave_out, data.trained, data.looked]
         lines = [settings.form, dry.console, train.console]
 
         opened = self.frame.tab.select(self.opened, here, [*self.scene.choices, settings.form, *work], **PRIVATE)

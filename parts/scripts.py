@@ -102,5 +102,6 @@ element.addEventListener("change", () => {
   props.value = Object.fromEntries(boxes.filter((box) => box.value).map((box) => [box.dataset.column, box.value]));
 });
 watch(["rows"], fill);
+fill();
 """
 """Value: field of a form -> the column that was chosen for it; empty where the form is left to be recognised."""
