@@ -123,9 +123,7 @@ def _build_training(operator: Operator) -> None:
 
         def look() -> Plain:
             own = {"columns": columns, "leave_out": leave_out, "max_length": max_length}
-            asked = wish(None, file, model=model, data=data, **own)
-            found = operator.look(asked)
-            return found | ({"preview": operator.preview(asked, samples)} if found["ok"] else {"preview": None})
+            return operator.preview(wish(None, file, model=model, data=data, **own), samples)
 
         return await asyncio.to_thread(look)
 

@@ -90,8 +90,7 @@ class Scene:
             NibbleError: as `Operator.preview`.
         """
         seen = await asyncio.to_thread(self.operator.preview, Finetune(told))
-        length = Finetune(told).recipe().max_length
-        return {self.w.data.trained: gr.update(rows=view.trained(seen, length, say))}
+        return {self.w.data.trained: gr.update(rows=view.trained(seen, say))}
 
     async def work(
         self, say: Say, chosen: str, unfolded: Sequence[str], drawn: str, settings: Any, *, settle: bool = False

@@ -43,24 +43,30 @@ def small(text: str) -> str:
 
 def found(report: Plain, say: Say) -> str:
     """What a data set was recognised as, how much it holds, what is wrong with it, and its first rows."""
-    parts = [f"<p class='why'>{escape(report['why'])}</p>"] if report["why"] else []
+    known = report["detection"]
+    parts = [f"<p class='why'>{escape(known['why'])}</p>"] if known else []
     if report["rows"]:
         key = "counted" if report["complete"] else "counted_part"
         parts.append(small(say(key, **{name: report[name] for name in ("rows", "usable", "characters")})))
     if not report["ok"]:
         parts.append(f"<p class='wrong'>{say('refused_data')}</p>")
-    lines = [
-        f"<li class='{'wrong' if problem['fatal'] else 'small'}'>{escape(problem['sentence'])}</li>"
-        for problem in report["problems"]
-    ]
-    parts += [f"<ul class='problems'>{''.join(lines)}</ul>"] if lines else []
+    parts.append(problems(report["problems"]))
     if report["first"] and any(report["first"]):
         parts.append(_first_rows(report, say))
     return "".join(parts)
 
 
+def problems(found: Sequence[Plain]) -> str:
+    """What is wrong with a data set, what refuses it first."""
+    lines = [
+        f"<li class='{'wrong' if problem['fatal'] else 'small'}'>{escape(problem['sentence'])}</li>"
+        for problem in sorted(found, key=lambda problem: not problem["fatal"])
+    ]
+    return f"<ul class='problems'>{''.join(lines)}</ul>" if lines else ""
+
+
 def _first_rows(report: Plain, say: Say) -> str:
-    used = set(report["columns"].values())
+    used = set(report["detection"]["columns"].values()) if report["detection"] else set()
     items = []
     for row in report["first"]:
         cells = "".join(
@@ -74,7 +80,8 @@ def _first_rows(report: Plain, say: Say) -> str:
 
 def mapper(report: Plain, say: Say) -> str:
     """The form of a data set and the column of each of its fields, each to be chosen; empty without columns."""
-    names = report["found"]
+    known = report["detection"] or {"form": "", "columns": {}, "given": False}
+    names = known.get("found") or list(dict.fromkeys(name for row in report["first"] for name in row))
     if not names:
         return ""
     options = [f"<option value=''>{say('as_found')}</option>"]
@@ -88,7 +95,7 @@ def mapper(report: Plain, say: Say) -> str:
         for form in FORMS.values()
         for field in (*form.needs, *form.may)
     ]
-    now = escape(json.dumps({key: report[key] for key in ("form", "columns", "given")}))
+    now = escape(json.dumps({key: known[key] for key in ("form", "columns", "given")}))
     fields = f"<div class='fields' data-now='{now}'>{head}{''.join(rows)}</div>"
     return f"<details><summary>{say('columns_fold')}</summary>{fields}</details>"
 
@@ -96,17 +103,20 @@ def mapper(report: Plain, say: Say) -> str:
 # What is trained.
 
 
-def trained(seen: Plain, length: int, say: Say) -> str:
+def trained(seen: Plain, say: Say) -> str:
     """The samples, their tokens marked by whether they are trained on, and what to know of all of them."""
-    parts = [
+    if seen["model_problem"]:
+        return f"<p class='wrong'>{escape(seen['model_problem'])}</p>"
+    parts = [] if seen["ok"] else [problems([problem for problem in seen["problems"] if problem["fatal"]])]
+    parts += [
         f"<p class='legend'><span class='t'>{say('mark_trained')}</span><span>{say('mark_read')}</span></p>",
-        *(_sample(sample, seen.get("unit") or "row", say) for sample in seen["samples"]),
+        *(_sample(sample, seen["unit"], say) for sample in seen["samples"]),
     ]
-    share = seen.get("truncated_share")
-    if share is not None:
-        key = "truncated" if share else "truncated_none"
-        parts.append(small(say(key, share=100 * share, length=length)))
-    return "".join([*parts, *(small(escape(note)) for note in seen.get("notes") or ())])
+    if seen["tokens"]:
+        parts.append(small(say("counted_tokens", tokens=seen["tokens"], trained=seen["trained_tokens"] or 0)))
+        key = "truncated" if seen["truncated"] else "truncated_none"
+        parts.append(small(say(key, share=100 * seen["truncated_share"], length=seen["max_length"])))
+    return "".join([*parts, *(small(escape(note)) for note in seen["notes"])])
 
 
 def _sample(sample: Plain, unit: str, say: Say) -> str:
@@ -116,7 +126,7 @@ def _sample(sample: Plain, unit: str, say: Say) -> str:
     )  # fmt: skip
     tokens = "".join(
         f"<span{' class=t' if piece['trained'] else ''}>{_visible(piece['text'])}</span>" for piece in sample["pieces"]
-    )
+    ) + ("<span>…</span>" if sample.get("cut") else "")
     checks = [_check("ends_well", say) if sample["ends"] else _check(_end(sample), say, wrong=True)]
     if sample["begins"] > 1:
         checks.append(_check("begins_twice", say, wrong=True, count=sample["begins"]))

@@ -97,6 +97,10 @@ WORDS = Words(
             "开头有 {count} 个起始词元，应只有一个。",
         ),
         "begins_well": ("One beginning-of-text token.", "起始词元恰好一个。"),
+        "counted_tokens": (
+            "{tokens:,} tokens in all, {trained:,} of them trained.",
+            "共 {tokens:,} 个词元，其中训练 {trained:,} 个。",
+        ),
         "truncated": (
             "{share:.1f} % of the samples are longer than {length:,} tokens and are cut.",
             "{share:.1f}% 的样本超过 {length:,} 个词元，会被截断。",

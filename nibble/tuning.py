@@ -6,38 +6,32 @@ and that whatever is wrong is said with the row or the column. Knows nothing of 
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
 from collections.abc import Mapping
-from itertools import chain, count, islice
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nibble import jobs, library, screen
+from nibble import jobs, library
 from nibble.config import Settings
-from nibble.data import ColumnMap, Report, check, open_source, store
-from nibble.data.forms import as_columns
+from nibble.data import ColumnMap, check, store
 from nibble.data.glimpse import glimpse
+from nibble.data.telling import first_rows, told
 from nibble.errors import DataError, JobError
 from nibble.tasks.download import refuse_trust
+from nibble.training.order import order_from
 from nibble.training.recipe import Recipe
 from nibble.wishes import Compare, Finetune, Merge, text
 
 TASKS = ("finetune", "merge", "compare")
 """The tasks of this work."""
 
-LOOKED_AT = 20_000
-"""Rows by which a data set is judged while settings are still being made; all are read before a job starts."""
-
-FIRST = 3
-"""Rows that are shown as they stand in the file."""
+LOOKED_AT, LOOKED_S = 20_000, 2.0
+"""Rows, and seconds, by which a data set is judged while settings are still being made; whichever comes first. All of
+it is read before a job starts."""
 
 MOST_SAMPLES = 20
 """Shown as tokens at once."""
-
-MOST_SHOWN = 300
-"""Characters of a value in such a row."""
 
 
 class Tuning:
@@ -48,6 +42,9 @@ class Tuning:
 
         @property
         def home(self) -> Path: ...
+
+        @property
+        def surroundings(self) -> dict[str, str]: ...
 
         def _folder(self, name: object) -> Path: ...
         def _local(self, model: object, key: str = "model") -> dict[str, Any]: ...
@@ -77,10 +74,14 @@ class Tuning:
             NibbleError: a setting that cannot be, or no data set of that name.
         """
         recipe = wish.recipe()
-        return as_plain(check(self._data(recipe), columns_of(recipe), LOOKED_AT), recipe.data)
+        path = self._data(recipe)
+        report = check(path, columns_of(recipe), LOOKED_AT, seconds=LOOKED_S)
+        return {**told(report), "ok": report.ok, "first": first_rows(path)}
 
     def preview(self, wish: Finetune, samples: int = 3) -> dict[str, Any]:
-        """What the model would be trained on: the first samples as tokens. Takes some seconds.
+        """The same, with the first samples as tokens, each with whether it is trained on: as `glimpse` returns it.
+
+        Takes some seconds.
 
         Raises:
             NibbleError: as `look`, or a model that is not here.
@@ -122,8 +123,7 @@ class Tuning:
     def _judged(self, wish: Finetune) -> Recipe:
         """The recipe, once its model and every row of its data are known to be usable."""
         recipe = wish.recipe()
-        trusted = self._settings.trust_remote_code
-        screen.check(self._folder(recipe.model), trust_remote_code=recipe.model in trusted)
+        order_from(recipe.as_spec() | self._local(recipe.model) | self.surroundings)
         check(self._data(recipe), columns_of(recipe)).require()
         return recipe
 
@@ -184,37 +184,3 @@ class Tuning:
 def columns_of(recipe: Recipe) -> ColumnMap:
     """What the recipe says of the data set's columns."""
     return ColumnMap(columns=recipe.columns, leave_out=recipe.leave_out)
-
-
-def as_plain(report: Report, name: str) -> dict[str, Any]:
-    """A check's report as plain data, without paths, with the first rows as they stand in the file."""
-    found = report.detection
-    return {
-        "name": name,
-        **{key: getattr(report, key) for key in ("ok", "kind", "unit", "rows", "usable", "characters", "complete")},
-        "form": found.form if found else "",
-        "columns": dict(found.columns) if found else {},
-        "found": list(found.found) if found else [],
-        "given": found.given if found else False,
-        "why": found.why if found else "",
-        "problems": [
-            {"kind": problem.kind, "fatal": problem.fatal, "sentence": problem.sentence(report.unit)}
-            for problem in sorted(report.problems, key=lambda problem: not problem.fatal)
-        ],
-        "first": first_rows(report) if report.kind else [],
-    }
-
-
-def first_rows(report: Report) -> list[dict[str, str]]:
-    """The first rows as they stand in the file: column -> the beginning of what it holds."""
-    rows: list[dict[str, str]] = []
-    with contextlib.suppress(DataError):
-        for record in islice(open_source(report.path).records(), FIRST):
-            value = as_columns(record.value) if record.fault is None else {}
-            rows.append({str(key): _short(item) for key, item in value.items()})
-    return rows
-
-
-def _short(value: Any) -> str:
-    whole = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return whole if len(whole) <= MOST_SHOWN else whole[:MOST_SHOWN] + "…"

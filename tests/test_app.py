@@ -27,6 +27,7 @@ ENDPOINTS = {"/chat", "/bot_response", "/stop", "/new_chat", "/models"}
 OPERATOR = {
     "/load", "/unload", "/delete_model", "/estimates", "/report",
     "/download", "/quantize", "/evaluate", "/jobs", "/job_log", "/stop_job", "/resume_job",
+    "/finetune", "/dry_run", "/preview_data", "/merge", "/compare", "/compare_report",
 }  # fmt: skip
 
 

@@ -56,7 +56,7 @@ INSIDE = {
     | {"publish", "tasks", "engines"},
     "border": {"border", "words"},
     "wishes": READING | {"wishes", "lowbit.formats", "training.recipe"},
-    "tuning": READING | {"tuning", "wishes", "jobs", "data", "adapters", "training", "tasks.download"},
+    "tuning": READING | {"tuning", "wishes", "jobs", "data", "tasks.download"} | {"training.recipe", "training.order"},
     "operator": READING
     | {"operator", "tuning", "wishes", "engines", "jobs", "estimate", "probe", "quality", "publish", "lowbit.formats"}
     | {"tasks.download"},

@@ -14,17 +14,15 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from nibble.checkpoint import CONTEXT_KEYS, read_config
-from nibble.data.check import Report, check
-from nibble.data.forms import as_columns
+from nibble.data.check import check
 from nibble.data.preview import show
-from nibble.data.read import open_source
 from nibble.data.render import Encoder, padding_id
 from nibble.data.rows import ColumnMap, Row, Sample
+from nibble.data.telling import columns_of, first_rows, told
 from nibble.errors import ModelError, NibbleError
 
 PR_SET_PDEATHSIG = 1
@@ -38,11 +36,6 @@ CPU_S = 60
 MOST_ROWS = 20_000
 MOST_S = 2.0
 """Whatever comes first ends the reading of a long file."""
-
-FIRST_ROWS = 5
-MOST_COLUMNS = 50
-MOST_CHARACTERS = 300
-"""Of the raw rows: how many are told, and how much of each."""
 
 MOST_PIECES = 2_000
 """Of a sample; a longer one is told up to there."""
@@ -77,10 +70,10 @@ def look(spec: Mapping[str, Any]) -> dict[str, Any]:
         return sample
 
     report = check(path, mapping, MOST_ROWS, encode=encode if encoder else None, seconds=MOST_S)
-    first = _first(path)
+    first = first_rows(path)
     return {
-        **_told(report),
-        "columns": list(report.detection.found) if report.detection else _columns(first),
+        **told(report),
+        "columns": list(report.detection.found) if report.detection else columns_of(first),
         "first": first,
         "samples": [_sample(sample, encoder) for sample in kept] if encoder else [],
         "template": encoder.template.name if encoder else "",
@@ -130,51 +123,6 @@ def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY_BYTES, in_use + MEMORY_BYTES))
     used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
     resource.setrlimit(resource.RLIMIT_CPU, (used + CPU_S, used + CPU_S))
-
-
-def _told(report: Report) -> dict[str, Any]:
-    """A report as plain data."""
-    return {
-        "kind": report.kind,
-        "unit": report.unit,
-        "detection": asdict(report.detection) if report.detection else None,
-        "rows": report.rows,
-        "usable": report.usable,
-        "characters": report.characters,
-        "tokens": report.tokens,
-        "trained_tokens": report.trained_tokens,
-        "truncated": report.truncated,
-        "truncated_share": report.truncated / report.usable if report.usable else 0.0,
-        "complete": report.complete,
-        "problems": [
-            {
-                "kind": problem.kind, "sentence": problem.sentence(report.unit), "fatal": problem.fatal,
-                "rows": problem.rows, "count": problem.count,
-            }
-            for problem in report.problems
-        ],
-        "sentences": report.sentences(),
-    }  # fmt: skip
-
-
-def _first(path: Path) -> list[dict[str, str]]:
-    """The first rows as they stand in the file, also where no form fits them; none where it cannot be read."""
-    try:
-        records = list(islice(open_source(path).records(), FIRST_ROWS))
-    except NibbleError:
-        return []
-    rows = [as_columns(record.value) for record in records if record.fault is None]
-    return [{str(key): _short(value) for key, value in list(row.items())[:MOST_COLUMNS]} for row in rows]
-
-
-def _columns(rows: list[dict[str, str]]) -> list[str]:
-    return list(dict.fromkeys(column for row in rows for column in row))
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + "…"
 
 
 def _sample(sample: Sample, encoder: Encoder) -> dict[str, Any]:
