@@ -1,4 +1,4 @@
-"""The Fine-tune tab as a script sees it, and its pure parts: form, tokens, curves, console lines. Its host is scripted."""
+"""The Fine-tune tab as a script sees it, and its pure parts: form, tokens, curves, console lines. Scripted host."""
 
 import argparse
 import importlib
