@@ -1,4 +1,4 @@
-"""The examination: 340 hand-written questions that the guide was never trained on.
+"""The examination: 380 hand-written questions that the guide was never trained on.
 
     python -m guide.exam [--low-bit sym_int4] [--model DIR] [--json]
 

@@ -35,9 +35,9 @@ def test_every_topic_is_asked_in_many_ways_in_both_languages(corpus: Corpus) -> 
 
 
 def test_the_examination_is_of_the_agreed_form() -> None:
-    assert len(EXAM) == 340
-    assert len({question["id"] for question in EXAM}) == 340
-    assert Counter(question["lang"] for question in EXAM)["zh"] == 120
+    assert len(EXAM) == 380
+    assert len({question["id"] for question in EXAM}) == 380
+    assert Counter(question["lang"] for question in EXAM)["zh"] == 134
     assert all(question["required"] and isinstance(question["forbidden"], list) for question in EXAM)
 
 
