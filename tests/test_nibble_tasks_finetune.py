@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nibble import jobs, publish
+from nibble import adapters, jobs, publish
 from nibble.errors import NibbleError
 from nibble.training import checkpoints
 
@@ -31,6 +31,8 @@ def test_an_adapter_of_the_guide_is_in_pefts_own_form(guide_model: Path, home: P
     said = publish.read_manifest(folder)
     assert said["kind"] == "adapter" and said["partial"] is False
     assert (said["base"]["name"], said["base"]["format"], said["base"]["family"]) == ("guide", "nf4", "qwen2")
+    assert said["base"]["fingerprint"] == adapters.fingerprint(guide_model)
+    assert adapters.base_folder(adapters.read(folder), home) == guide_model
     assert said["losses"]["first"] == result["loss_first"] and said["losses"]["eval"] == result["eval_loss"]
     assert result["eval_loss"] < result["eval_loss_before"]
 
