@@ -49,7 +49,8 @@ class Scene:
         self.choices = [w.data.model, w.data.data]
         """What `choose_from` changes."""
         self.working = [
-            w.runs, w.live, w.timer, w.dry.job, w.dry.result, w.train.job, w.train.result, w.train.plots,
+            w.runs, w.live, w.timer, w.dry.job, w.dry.result, w.train.job, w.train.result, w.train.curves,
+            w.train.plots, w.data.job,
             w.train.loss, w.train.rate, w.train.steps, w.train.drawn, w.after.jobs, w.after.adapter,
             w.after.checkpoints, w.after.report, w.after.save, w.after.proof, w.after.chat,
         ]  # fmt: skip
@@ -118,6 +119,7 @@ class Scene:
             self.w.runs: gr.update(rows=list_) | moved,
             self.w.live: live,
             self.w.timer: gr.Timer(active=bool(live)),
+            self.w.data.job: self._jobs([job for job in jobs if job["task"] == "download"][:1], unfolded, say),
             **self._dry(jobs, unfolded, settings, say),
             **self._run(run, unfolded, drawn, say),
             **self._after(jobs, run, unfolded, say, settle=settle or bool(moved)),
@@ -149,7 +151,7 @@ class Scene:
             empty = gr.update(rows="")
             return {
                 train.job: gr.update(rows=view.small(say("choose_run"))), train.result: empty, train.steps: empty,
-                train.plots: gr.Row(visible=False), train.drawn: "",
+                train.plots: gr.Row(visible=False), train.curves: empty, train.drawn: "",
             }  # fmt: skip
         rows = by_step(self._metrics(run["id"]))
         changes: Changes = {
@@ -161,9 +163,11 @@ class Scene:
         if now == drawn:
             return changes
         losses = {key: say.plain(word) for key, word in LOSSES.items()}
+        seen = {key for row in rows for key in row}
         end = max([rows[-1]["step"] if rows else 0.0, float(run["spec"].get("max_steps") or 0)])
         return changes | {
             train.plots: gr.Row(visible=len(rows) > 1),
+            train.curves: gr.update(rows=view.legend([name for key, name in losses.items() if key in seen], say)),
             train.loss: _plot(curve(rows, losses), end),
             train.rate: _plot(curve(rows, {"learning_rate": say.plain("plot_rate")}), end),
             train.drawn: now,

@@ -284,6 +284,12 @@ def result(job: Plain, say: Say) -> str:
     return facts(pairs, say) + _notes(known, say)
 
 
+def legend(names: Sequence[str], say: Say) -> str:
+    """Which colour is which curve; nothing where there is but one."""
+    marks = "".join(f"<span class='c{place}'>{escape(name)}</span>" for place, name in enumerate(names))
+    return f"<p class='curves'>{marks}</p>" if len(names) > 1 else ""
+
+
 def steps(rows: Sequence[Plain], say: Say) -> str:
     """The table of steps, folded; the latest first. Empty without rows."""
     if not rows:

@@ -13,9 +13,10 @@ from typing import Any
 import gradio as gr
 
 from finetune_ui import forms
+from nibble.comparing.order import PROMPTS
 from nibble.data import SUFFIXES
 from nibble.lowbit.formats import FORMATS
-from nibble.wishes import MOST_CHARACTERS, PROMPTS
+from nibble.wishes import MOST_CHARACTERS
 from parts.scripts import ACT, CHOOSE, FILL_IN, KEEP_OPEN, MAP
 
 MOST_PROMPT_LINES = 20_000
@@ -33,6 +34,9 @@ class Data:
     columns: gr.HTML
     leave_out: gr.Checkbox
     said: gr.HTML
+    fetch: gr.Button
+    """Seen where the data set is on a hub and not here."""
+    job: gr.HTML
     trained: gr.HTML
     looked: gr.State
     """What `found` and `trained` are about."""
@@ -70,6 +74,8 @@ class Train:
     said: gr.HTML
     job: gr.HTML
     result: gr.HTML
+    curves: gr.HTML
+    """Which colour is which."""
     plots: gr.Row
     loss: gr.LinePlot
     rate: gr.LinePlot
@@ -188,10 +194,12 @@ def _data(i18n: gr.I18n) -> tuple[Any, ...]:
     upload = gr.File(label=i18n("drop"), file_types=list(SUFFIXES), height=104, elem_id="tune-upload", show_label=True)
     said = _said("data-said")
     found = _html("found", js_on_load=KEEP_OPEN)
+    fetch = gr.Button(i18n("start_fetch"), elem_classes="plain", elem_id="start-fetch", visible=False)
+    job = _html("data-job", js_on_load=ACT)
     # A fold of its own: what lies in a closed one of Gradio's is not there to be changed.
     columns = _html("columns", {}, js_on_load=MAP)
     leave_out = gr.Checkbox(False, label=i18n("leave_out"), elem_id="leave-out")
-    return model, data, upload, found, columns, leave_out, said
+    return model, data, upload, found, columns, leave_out, said, fetch, job
 
 
 def _settings(i18n: gr.I18n) -> Settings:
@@ -221,6 +229,7 @@ def _train(i18n: gr.I18n) -> Train:
     _heading(i18n, "step_train")
     start = gr.Button(i18n("start_train"), variant="primary", elem_id="start-train")
     said, job = _said("train-said"), _html("train-job", js_on_load=ACT)
+    curves = _html("curves")
     with gr.Row(elem_id="plots", visible=False) as plots:
         loss, rate = (
             gr.LinePlot(
@@ -239,12 +248,12 @@ def _train(i18n: gr.I18n) -> Train:
                 buttons=[],
                 elem_id=f"plot-{name}",
                 tooltip="all",
-                colors_in_legend=None if name == "loss" else [],
+                colors_in_legend=[],
             )  # fmt: skip
             for name in ("loss", "rate")
         )
     result, steps = _html("train-result", js_on_load=KEEP_OPEN), _html("train-steps", js_on_load=KEEP_OPEN)
-    return Train(start, said, job, result, plots, loss, rate, steps, _console(i18n), gr.State(""))
+    return Train(start, said, job, result, curves, plots, loss, rate, steps, _console(i18n), gr.State(""))
 
 
 def _after(i18n: gr.I18n) -> After:

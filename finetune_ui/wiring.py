@@ -21,9 +21,10 @@ from finetune_ui.scene import Changes, Scene
 from finetune_ui.view import Say
 from finetune_ui.widgets import Widgets
 from nibble.border import sentence
+from nibble.data.store import NotHere
 from nibble.errors import ModelError, NibbleError
 from nibble.operator import Operator
-from nibble.wishes import Compare, Finetune, Merge
+from nibble.wishes import Compare, Download, Finetune, Merge
 from nibble.words import language_of
 from parts.console import command
 from parts.joblist import title
@@ -33,6 +34,12 @@ from parts.view import told
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 QUICK: dict[str, Any] = {**PRIVATE, "queue": False}
 LATEST: dict[str, Any] = {**PRIVATE, "trigger_mode": "always_last"}
+
+UNFOLDED = 6
+"""Of what a handler is told, the values before the form's: the run that is looked at, four lists of jobs, the plots."""
+
+FETCHED = "-download-"
+"""Part of the id of a job that gets a data set."""
 
 CHAT = "chat"
 """Id of the tab to which a model leads that was loaded."""
@@ -57,16 +64,16 @@ class Wiring:
         w = self.w
         data, settings, dry, train, after = w.data, w.settings, w.dry, w.train, w.after
         fields, work = list(w.fields), self.scene.working
-        here = [w.runs, dry.job, train.job, after.jobs, train.drawn, *fields]
-        seen = [data.found, data.columns, data.leave_out, data.trained, data.looked]
+        here = [w.runs, data.job, dry.job, train.job, after.jobs, train.drawn, *fields]
+        seen = [data.found, data.columns, data.leave_out, data.fetch, data.trained, data.looked]
         lines = [settings.form, dry.console, train.console]
 
         opened = self.frame.tab.select(self.opened, here, [*self.scene.choices, settings.form, *work], **PRIVATE)
         opened.then(self.look, [data.looked, *fields], seen, **LATEST)
-        w.timer.tick(self.tick, [w.live, *here], [*work, self.frame.status], **QUICK)
+        w.timer.tick(self.tick, [w.live, *here], [*work, *self.scene.choices, data.looked, self.frame.status], **QUICK)
 
         changed = [field.change for field in fields]
-        gr.on(changed, self.look, [data.looked, *fields], seen, **LATEST)
+        gr.on([*changed, data.looked.change], self.look, [data.looked, *fields], seen, **LATEST)
         gr.on(changed, self.written, fields, lines, **QUICK)
         data.data.input(lambda: {}, None, data.columns, **QUICK)
         data.upload.upload(
@@ -83,7 +90,13 @@ class Wiring:
         dry.start.click(self.dry_run, [*here], [dry.said, *work], **PRIVATE)
         train.start.click(self.train, [*here], [train.said, *work], **PRIVATE)
         w.runs.change(self.choose, here, work, **QUICK)
-        for jobs, said in ((dry.job, dry.said), (train.job, train.said), (after.jobs, after.said)):
+        data.fetch.click(self.fetch, here, [data.said, *work], **PRIVATE)
+        for jobs, said in (
+            (data.job, data.said),
+            (dry.job, dry.said),
+            (train.job, train.said),
+            (after.jobs, after.said),
+        ):
             jobs.change(self.again, here, work, **QUICK)
             jobs.act(self.act, here, [said, self.frame.status, self.frame.tabs, *work], **PRIVATE).then(
                 self.again, here, work, **QUICK
@@ -110,24 +123,29 @@ class Wiring:
     # What the page shows.
 
     async def _work(self, say: Say, *here: Any, settle: bool = False) -> Changes:
-        chosen, dry, run, after, drawn, *fields = here
-        unfolded = [each for each in (dry, run, after) if isinstance(each, str)]
+        chosen, *opened, drawn = here[:UNFOLDED]
+        fields = here[UNFOLDED:]
+        unfolded = [each for each in opened if isinstance(each, str)]
         return await self.scene.work(say, chosen, unfolded, drawn, _checked(fields), settle=settle)
 
     async def opened(self, request: gr.Request, *here: Any) -> Changes:
         """The tab was opened."""
         say = say_from(request)
-        chosen, dry, run, after, _, model, data, *_ = here
+        model, data = here[UNFOLDED : UNFOLDED + 2]
         choices = await self.scene.choose_from(model, data)
         # A plot that was drawn while nobody saw it is empty: it is drawn anew.
-        work = await self._work(say, chosen, dry, run, after, "", *here[5:], settle=True)
+        work = await self._work(say, *here[: UNFOLDED - 1], "", *here[UNFOLDED:], settle=True)
         return choices | work | {self.w.settings.form: gr.update(rows=view.form(say))}
 
     async def tick(self, request: gr.Request, lived: Sequence[str], *here: Any) -> Changes:
         """A second has gone by while a job lives."""
         changes = await self._work(say_from(request), *here)
-        if set(lived) - set(changes[self.w.live]):
+        ended = set(lived) - set(changes[self.w.live])
+        if ended:
             changes = await self._work(say_from(request), *here, settle=True)
+        if any(FETCHED in each for each in ended):
+            # The data set that was fetched is looked at.
+            changes |= await self.scene.choose_from(*here[UNFOLDED : UNFOLDED + 2]) | {self.w.data.looked: ""}
         return changes | {self.frame.status: self.frame.standing(request)}
 
     async def again(self, request: gr.Request, *here: Any) -> Changes:
@@ -152,10 +170,12 @@ class Wiring:
         nothing = gr.update(rows=view.small(say("no_preview")))
         try:
             shown, good = await self.scene.data(say, told_)
-            yield shown | {data.trained: waits if good else nothing, data.looked: key}
+            hidden = gr.update(visible=False)
+            yield shown | {data.trained: waits if good else nothing, data.fetch: hidden, data.looked: key}
         except Exception as error:  # noqa: BLE001 - the border of the page
             refused = gr.update(rows=self._refused(error, say))
-            yield {data.found: refused, data.trained: nothing, data.looked: key}
+            fetched = gr.update(visible=isinstance(error, NotHere))
+            yield {data.found: refused, data.trained: nothing, data.fetch: fetched, data.looked: key}
             return
         if good:
             try:
@@ -236,6 +256,11 @@ class Wiring:
             changes[self.w.runs] |= {"value": job["id"]}
         return {said: told(say.plain("began", what=title(job, say.language)))} | changes
 
+    async def fetch(self, request: gr.Request, *here: Any) -> Changes:
+        """The button that gets a data set from a hub."""
+        wish = Download(forms.settings(*here[UNFOLDED:])["data"], dataset=True)
+        return await self._begin(request, self.w.data.said, lambda: self.operator.download(wish), here)
+
     async def dry_run(self, request: gr.Request, *here: Any) -> Changes:
         """The button that tries two steps."""
         wish = self._wish(here)
@@ -247,7 +272,7 @@ class Wiring:
         return await self._begin(request, self.w.train.said, lambda: self.operator.finetune(wish), here)
 
     def _wish(self, here: Sequence[Any]) -> Finetune:
-        return Finetune(forms.settings(*here[5:]))
+        return Finetune(forms.settings(*here[UNFOLDED:]))
 
     async def compare(
         self, request: gr.Request, adapter: str, prompts: str, steps: Sequence[Any], tokens: str, *here: Any
@@ -318,7 +343,11 @@ class Wiring:
 
     def _said_of(self, event: gr.EventData) -> gr.HTML:
         """Where to say what a job's button has done."""
-        places = {self.w.dry.job: self.w.dry.said, self.w.after.jobs: self.w.after.said}
+        places = {
+            self.w.data.job: self.w.data.said,
+            self.w.dry.job: self.w.dry.said,
+            self.w.after.jobs: self.w.after.said,
+        }
         return places.get(event.target, self.w.train.said)  # type: ignore[call-overload, no-any-return]
 
     async def save_report(self, request: gr.Request) -> Changes:

@@ -20,6 +20,7 @@ WORDS = Words(
         "data_set": ("Data set", "数据集"),
         "data_set_info": ("one that is here, or a hub's org/name", "本机数据集，或社区上的 org/name"),
         "drop": ("Or drop a file: json, jsonl, csv, parquet", "或拖入文件：json、jsonl、csv、parquet"),
+        "start_fetch": ("Get it from the hub", "从社区下载"),
         "columns_fold": ("Map columns", "指定列"),
         "leave_out": ("Leave faulty rows out", "忽略有问题的行"),
         "step_trained": ("2 · What is trained", "2 · 训练哪些词元"),

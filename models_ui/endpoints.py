@@ -85,9 +85,14 @@ def _build_library(operator: Operator) -> None:
 
 
 def _build_work(operator: Operator) -> None:
-    async def download(repo: str, hub: str = "", revision: str = "", file: str = "", name: str = "") -> Plain:
-        """Get a model, `org/name` on a hub; the job. `file` is one GGUF file, `name` the model's name here."""
-        return await asyncio.to_thread(operator.download, Download(repo, hub, revision, file, name))
+    async def download(
+        repo: str, hub: str = "", revision: str = "", file: str = "", name: str = "", dataset: bool = False
+    ) -> Plain:
+        """Get a model, `org/name` on a hub; the job. `file` is one GGUF file, `name` the model's name here.
+
+        With `dataset` it is a data set, for /finetune.
+        """
+        return await asyncio.to_thread(operator.download, Download(repo, hub, revision, file, name, dataset))
 
     async def quantize(
         model: str,

@@ -141,13 +141,13 @@ class Wiring:
 
     async def get(self, request: gr.Request, *fields: str) -> Changes:
         """The button Download."""
-        wish = Download(*(field or "" for field in fields))
+        wish = _download(fields)
         return await self._begin(request, self.w.get.said, lambda: self.operator.download(wish))
 
     async def get_line(self, *fields: str) -> str:
         """The same in the console; nothing while the fields make no wish."""
         try:
-            spec = Download(*(field or "" for field in fields)).spec()
+            spec = _download(fields).spec()
         except NibbleError:
             return ""
         return command("download", spec | self.operator.surroundings) if spec.get("repo") else ""
@@ -259,3 +259,9 @@ class Wiring:
         except Exception as error:  # noqa: BLE001 - the border of the page
             said = {self.w.keep.said: self._refused(error, say)}
         yield await self.scene.work(say, unfolded) | said
+
+
+def _download(fields: Sequence[str]) -> Download:
+    """What the card's fields wish for."""
+    repo, hub, revision, file, name = (field or "" for field in fields)
+    return Download(repo, hub, revision, file, name)

@@ -23,8 +23,8 @@ from nibble.training.order import order_from
 from nibble.training.recipe import Recipe
 from nibble.wishes import Compare, Finetune, Merge, text
 
-TASKS = ("finetune", "merge", "compare")
-"""The tasks of this work."""
+TASKS = ("finetune", "merge", "compare", "download")
+"""The tasks of this work; of the last only those that fetch data sets."""
 
 LOOKED_AT, LOOKED_S = 20_000, 2.0
 """Rows, and seconds, by which a data set is judged while settings are still being made; whichever comes first. All of
@@ -177,8 +177,9 @@ class Tuning:
         return {**(job.status.result or {}), "id": job.id, "html": page.read_text(encoding="utf-8")}
 
     def runs(self, limit: int = 30) -> list[dict[str, Any]]:
-        """The newest jobs of this work: trainings, dry runs, comparisons, merges."""
-        return [job.as_dict() for job in jobs.list_jobs(self.home, limit=limit, tasks=TASKS)]
+        """The newest jobs of this work: trainings, dry runs, comparisons, merges, data sets that are fetched."""
+        found = jobs.list_jobs(self.home, limit=limit, tasks=TASKS)
+        return [job.as_dict() for job in found if job.task != "download" or job.spec.get("dataset")]
 
 
 def columns_of(recipe: Recipe) -> ColumnMap:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nibble import library
+from nibble.comparing.order import MOST_PROMPTS, PROMPTS
 from nibble.config import check_keys
 from nibble.errors import ModelError
 from nibble.lowbit.formats import resolve
@@ -26,19 +27,13 @@ MOST_CHARACTERS = 1_000
 MOST_RULES = 1_000
 """Modules that one wish may name: more no model has."""
 
-MOST_PROMPTS, MOST_NEW_TOKENS = 20, 4096
-"""Of a comparison."""
-
-PROMPTS = (
-    "The paradox of time and eternity is",
-    "There are two things that matter:",
-    "In the quiet embrace of the night,",
-)
+MOST_NEW_TOKENS = 4096
+"""Of each answer in a comparison."""
 
 
 @dataclass(frozen=True)
 class Download:
-    """A model to get."""
+    """A model, or a data set, to get."""
 
     repo: str
     """`org/name` on the hub, or the address of its page there."""
@@ -49,6 +44,8 @@ class Download:
     """One GGUF file, instead of the model's Hugging Face form."""
     name: str = ""
     """Its name here; empty is `org__name`."""
+    dataset: bool = False
+    """Whether it is a data set and no model."""
 
     def spec(self) -> dict[str, Any]:
         """What the task is told.
@@ -56,7 +53,8 @@ class Download:
         Raises:
             ModelError: a value that is no text.
         """
-        return {key: text(value) for key, value in asdict(self).items() if value}
+        told = {key: text(value) for key, value in asdict(self).items() if value and key != "dataset"}
+        return told | ({"dataset": True} if self.dataset is True else {})
 
 
 @dataclass(frozen=True)
@@ -249,11 +247,12 @@ class Compare:
 
 
 def prompts(value: object) -> list[str]:
-    """Texts to go on from: a list, or the lines of one text."""
+    """Texts to go on from: a list, or the lines of one text; those that are taken where none is given are none."""
     items = value.splitlines() if isinstance(value, str) else value or ()
     if not isinstance(items, (list, tuple)) or len(items) > MOST_PROMPTS:
         raise ModelError("prompts is not a list.", f"Give up to {MOST_PROMPTS} short texts.")
-    return [prompt for item in items if (prompt := text(item))]
+    found = [prompt for item in items if (prompt := text(item))]
+    return [] if tuple(found) == PROMPTS else found
 
 
 def steps(value: object) -> list[int] | str:

@@ -40,6 +40,7 @@ FLAGS: Mapping[str, Callable[[Any], Flags]] = {
     "revision": _value("--revision"),
     "file": _value("--file"),
     "name": _value("--name"),
+    "dataset": lambda wanted: ["--dataset"] if wanted else [],
     "low_bit": _joined("--low-bit"),
     "out": _value("--out"),
     "skip": lambda names: [part for name in names for part in ("--skip", name)],

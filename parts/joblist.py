@@ -102,7 +102,8 @@ def made(job: Plain) -> list[str]:
     if job["state"] != "done":
         return []
     # A GGUF file alone is a source: it is shrunk before it is loaded.
-    found = [] if job["spec"].get("file") or job["task"] == "quantize" else [result]
+    spec = job["spec"]
+    found = [] if spec.get("file") or spec.get("dataset") or job["task"] == "quantize" else [result]
     found += result.get("models") or []
     return [str(model["name"]) for model in found if job["task"] in MAKERS and model.get("name")]
 

@@ -82,6 +82,7 @@ SAVE_FILE = """(file) => {
 """Gives the browser a file to save: its name, type and text."""
 
 MAP = """
+let opened = false;
 const form = () => element.querySelector("[data-form]");
 const show = () => element.querySelectorAll("[data-of]").forEach((row) => {
   row.hidden = row.dataset.of !== form().value;
@@ -90,12 +91,15 @@ const fill = () => {
   const now = element.querySelector("[data-now]");
   if (!now) return;
   const { form: kind, columns, given } = JSON.parse(now.dataset.now);
-  form().value = given ? kind : "";
+  const chosen = Object.keys(props.value || {}).length > 0;
+  if (kind || !chosen) form().value = given ? kind : "";
   element.querySelectorAll(`[data-of="${kind}"] select`).forEach((box) => {
     box.value = columns[box.dataset.column] || "";
   });
+  element.querySelector("details").open = opened;
   show();
 };
+element.addEventListener("toggle", (event) => { opened = event.target.open; }, true);
 element.addEventListener("change", () => {
   show();
   const boxes = form().value ? [...element.querySelectorAll(`[data-of="${form().value}"] select`)] : [];
@@ -104,4 +108,5 @@ element.addEventListener("change", () => {
 watch(["rows"], fill);
 fill();
 """
-"""Value: field of a form -> the column that was chosen for it; empty where the form is left to be recognised."""
+"""Value: field of a form -> the column that was chosen for it; empty where the form is left to be recognised. What a
+person has chosen stays to be seen where it cannot be."""

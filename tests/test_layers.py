@@ -55,7 +55,7 @@ INSIDE = {
     | {"comparing", "adapters", "training", "quality", "data", "transformers", "qlora", "lowbit", "devices", "prompts"}
     | {"publish", "tasks", "engines"},
     "border": {"border", "words"},
-    "wishes": READING | {"wishes", "lowbit.formats", "training.recipe"},
+    "wishes": READING | {"wishes", "lowbit.formats", "training.recipe", "comparing.order"},
     "tuning": READING | {"tuning", "wishes", "jobs", "data", "tasks.download"} | {"training.recipe", "training.order"},
     "operator": READING
     | {"operator", "tuning", "wishes", "engines", "jobs", "estimate", "probe", "quality", "publish", "lowbit.formats"}
