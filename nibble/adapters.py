@@ -138,6 +138,9 @@ def _pieces(file: Path, begin: int, end: int) -> Iterator[bytes]:
 def belongs(adapter: Adapter, folder: Path) -> bool:
     """Whether a model is the one that an adapter was trained on: by its weights, or by its name in a foreign one.
 
+    A low-bit form of that model, or its full-precision form where it was trained on a low-bit one, is not the same; the
+    former is let pass where the model that it was made from lies beside it.
+
     Args:
         adapter: as `read` gives it.
         folder: of a model.
@@ -146,11 +149,18 @@ def belongs(adapter: Adapter, folder: Path) -> bool:
         ModelError: as `fingerprint`.
     """
     if adapter.fingerprint:
-        return fingerprint(folder) == adapter.fingerprint
+        return any(fingerprint(place) == adapter.fingerprint for place in (folder, *_source(folder)))
     names = {folder.name, str(read_config(folder).get("_name_or_path") or "").rpartition("/")[2]}
     names |= {library.GUIDE} if folder.resolve() == library.GUIDE_FOLDER else set()
     # `org__name` is what a download is called here.
     return adapter.base in names | {name.rpartition("__")[2] for name in names}
+
+
+def _source(folder: Path) -> list[Path]:
+    """The model that a low-bit one was made from, where it lies beside it."""
+    name = str(publish.read_manifest(folder).get("source") or "")
+    place = library.GUIDE_FOLDER if name == library.GUIDE else folder.parent / name
+    return [place] if library.NAME.fullmatch(name) and place.is_dir() and place != folder else []
 
 
 def base_folder(adapter: Adapter, home: Path, *, paths: bool = False) -> Path:

@@ -34,7 +34,8 @@ INSIDE = {
     "probe": {"probe", "devices", "lowbit"},
     "estimate": READING | {"estimate", "probe", "devices", "lowbit.formats", "sources"},
     "prompts": {"prompts", "engines.base", "screen.templates"},
-    "engines": READING | {"engines", "prompts", "transformers", "lowbit", "devices", "bigdl.folders", "estimate"},
+    "engines": READING
+    | {"engines", "prompts", "transformers", "lowbit", "devices", "bigdl.folders", "estimate", "adapters", "publish"},
     "bigdl": READING
     | {"bigdl", "prompts", "transformers", "lowbit", "devices", "publish", "shards", "sources.safetensors"}
     | {"engines.base", "engines.child", "engines.text", "engines.threaded", "engines.wire"},
@@ -62,7 +63,7 @@ INSIDE = {
     | {"tasks.download"},
     "commands": READING
     | {"commands", "engines", "prompts.trial", "devices", "hosting", "jobs", "estimate", "lowbit.formats"}
-    | {"comparing", "quality.table", "quality.kept", "probe", "training.recipe", "training.order", "data"},
+    | {"comparing", "adapters", "quality.table", "quality.kept", "probe", "training.recipe", "training.order", "data"},
     "hosting": {"hosting"},
     "hub": {"hub", "library", "screen", "publish"},
     "data": READING | {"data", "prompts", "engines.base", "publish"},

@@ -19,6 +19,7 @@ from nibble.bigdl.older_tokenizer import OlderTokenizer
 from nibble.engines.base import Chunk, EngineInfo, FinishReason, Sampling
 from nibble.engines.text import SlowDecoder
 from nibble.engines.threaded import ThreadedEngine, Ticket
+from nibble.errors import ModelError
 from nibble.prompts import Template, clean, fit
 
 DEFAULT_NEW_TOKENS = 1024
@@ -62,6 +63,8 @@ class BigdlEngine(ThreadedEngine):
 
     def answer(self, ticket: Ticket) -> None:
         """As `ThreadedEngine.answer`; a long prompt is read in one piece, so a stop waits for its end."""
+        if ticket.request.adapter:
+            raise ModelError("BigDL-LLM's engine puts no adapters on a model.", "Chat with it under engine: nibble.")
         context, sampling = self._info.context, ticket.request.sampling
         wanted = sampling.max_new_tokens or self._model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
         reserve = min(wanted, max(1, context // 4))

@@ -7,8 +7,9 @@ import json
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
-from nibble.commands.speaking import SETTINGS, add_speaking, load_engine, sampling_from
+from nibble.commands.speaking import SETTINGS, add_speaking, find_both, load_engine, sampling_from
 from nibble.config import Settings
 from nibble.engines.base import Chunk, Message
 from nibble.errors import NibbleError
@@ -31,11 +32,13 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     sampling = sampling_from(arguments)
     messages: list[Message] = [{"role": "system", "content": arguments.system}] if arguments.system else []
     messages.append({"role": "user", "content": question})
-    engine = load_engine(settings)
+    # Looked up before torch is imported: a wrong name answers at once.
+    folder, adapter = find_both(settings, arguments.adapter)
+    engine = load_engine(settings, folder)
     try:
         pieces: list[str] = []
         last = Chunk()
-        for chunk in engine.stream(messages, sampling, threading.Event()):
+        for chunk in engine.stream(messages, sampling, threading.Event(), adapter=adapter):
             pieces.append(chunk.text)
             last = chunk if chunk.tokens else last
             if not arguments.json:
@@ -47,7 +50,8 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     if arguments.json:
         timing = replace(last, text="", full_text=None)
         report = {
-            "question": question, "answer": answer, "model": info.model, "format": info.format, "device": info.device,
+            "question": question, "answer": answer, "model": info.model, "adapter": Path(adapter).name,
+            "format": info.format, "device": info.device,
             "template": info.template, "load_s": round(info.load_s, 3), "tokens": timing.tokens,
             "prompt_tokens": timing.prompt_tokens, "tokens_per_s": round(timing.tokens_per_s, 2),
             "first_token_s": timing.first_token_s, "finish_reason": timing.finish_reason,

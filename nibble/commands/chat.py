@@ -7,9 +7,10 @@ import contextlib
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 from nibble.commands.ask import timing_line
-from nibble.commands.speaking import SETTINGS, add_speaking, load_engine, sampling_from
+from nibble.commands.speaking import SETTINGS, add_speaking, find_both, load_engine, sampling_from
 from nibble.config import Settings
 from nibble.engines.base import Chunk, Engine, Message, Sampling
 from nibble.errors import NibbleError
@@ -25,9 +26,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, settings: Settings) -> None:
     """Read lines until `stop` or the end of input; answer each with all that was said before in mind."""
     sampling = sampling_from(arguments)
-    engine = load_engine(settings)
+    folder, adapter = find_both(settings, arguments.adapter)
+    engine = load_engine(settings, folder)
     info = engine.info
-    print(f"{info.model} · {info.format} · {info.device} · template: {info.template}. The line `stop` ends the chat.")
+    worn = f" + {Path(adapter).name}" if adapter else ""
+    print(f"{info.model}{worn} · {info.format} · {info.device} · template: {info.template}. The line `stop` ends it.")
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - arrow keys and history in input()
     messages: list[Message] = [{"role": "system", "content": arguments.system}] if arguments.system else []
@@ -40,18 +43,18 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
             if line == "stop":
                 return
             if line:
-                messages = answer(engine, [*messages, {"role": "user", "content": line}], sampling)
+                messages = answer(engine, [*messages, {"role": "user", "content": line}], sampling, adapter)
     finally:
         engine.close()
 
 
-def answer(engine: Engine, messages: Sequence[Message], sampling: Sampling) -> list[Message]:
+def answer(engine: Engine, messages: Sequence[Message], sampling: Sampling, adapter: str = "") -> list[Message]:
     """Stream one answer to standard output; return the conversation with it, or without the question if it failed."""
     stop = threading.Event()
     pieces: list[str] = []
     last = Chunk()
     try:
-        for chunk in engine.stream(messages, sampling, stop):
+        for chunk in engine.stream(messages, sampling, stop, adapter=adapter):
             pieces.append(chunk.text)
             print(chunk.text, end="", flush=True)
             if chunk.dropped_turns and chunk.tokens == 0:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
+from pathlib import Path
 
+from nibble.adapters import base_folder, read
 from nibble.config import Settings
 from nibble.engines.base import Engine, LoadSpec, Sampling
 from nibble.engines.bigdl import judge, make_worker
-from nibble.errors import ConfigError, NibbleError
-from nibble.library import NAME, find
+from nibble.errors import ConfigError, ModelError, NibbleError
+from nibble.library import GUIDE, GUIDE_FOLDER, find, find_adapter
 from nibble.prompts.trial import refuse_bombs
 from nibble.screen import check, templates
 
@@ -28,6 +30,7 @@ NUMBERS: dict[str, type] = {
 
 def add_speaking(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the system prompt and of sampling."""
+    parser.add_argument("--adapter", metavar="NAME|DIR", default="", help="an adapter that the model wears")
     parser.add_argument("--system", metavar="TEXT", default="", help="system prompt")
     parser.add_argument("--greedy", action="store_true", help="always the most likely token (temperature 0)")
     for name, kind in NUMBERS.items():
@@ -49,17 +52,44 @@ def sampling_from(arguments: argparse.Namespace) -> Sampling:
         raise ConfigError(error.message, error.hint) from None
 
 
-def load_engine(settings: Settings) -> Engine:
-    """The model that the settings name, loaded in this process, or in BigDL-LLM's where that is the engine.
+def find_both(settings: Settings, adapter: str) -> tuple[Path, str]:
+    """The folders of the model that the settings name and of the adapter that it wears; the latter may be empty.
+
+    An adapter's name in the place of a model's leads to the model that it belongs to.
+
+    Args:
+        settings: what is set.
+        adapter: a name, or a folder; empty is none.
 
     Raises:
-        NibbleError: no such model, or one that cannot be loaded.
+        ModelError: there is no such model or adapter, or the adapter belongs to none that is here.
     """
-    # Looked up before torch is imported: a wrong name answers at once.
-    folder = find(settings.model, settings.home_folder, paths=True)
+    home = settings.home_folder
+    if adapter:
+        return find(settings.model, home, paths=True), str(find_adapter(adapter, home, paths=True).resolve())
+    try:
+        return find(settings.model, home, paths=True), ""
+    except ModelError as error:
+        try:
+            worn = find_adapter(settings.model, home)
+        except ModelError:
+            raise error from None
+    return base_folder(read(worn), home), str(worn.resolve())
+
+
+def load_engine(settings: Settings, folder: Path) -> Engine:
+    """A model loaded in this process, or in BigDL-LLM's where that is the engine.
+
+    Args:
+        settings: what is set.
+        folder: of the model.
+
+    Raises:
+        NibbleError: it cannot be loaded.
+    """
     trusted = folder.name in settings.trust_remote_code
     if settings.engine == "bigdl":
-        name = settings.model if NAME.fullmatch(settings.model) else folder.name
+        name = GUIDE if folder == GUIDE_FOLDER else folder.name
         judge(folder, name, trusted=trusted, settings=settings)
         spec = LoadSpec(str(folder.resolve()), settings.low_bit, settings.device, name, trust_remote_code=trusted)
         worker = make_worker(spec, settings)

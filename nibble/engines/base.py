@@ -140,13 +140,19 @@ class Engine(Protocol):
     def info(self) -> EngineInfo: ...
 
     def stream(
-        self, messages: Sequence[Message], sampling: Sampling, stop: threading.Event, visitor: str | None = None
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        stop: threading.Event,
+        visitor: str | None = None,
+        adapter: str = "",
     ) -> Iterator[Chunk]:
         """Answer the conversation, piece by piece.
 
         Visitors are served in turn; a request without one counts as a visitor of its own. No step blocks longer than
         0.5 s: an empty chunk is yielded when there is nothing to tell. Setting `stop` ends this request alone, with
-        finish reason "stopped" and the text so far kept. Closing the iterator does the same.
+        finish reason "stopped" and the text so far kept. Closing the iterator does the same. `adapter` is the folder
+        of an adapter that the loaded model wears for this answer; empty is none.
 
         Raises:
             NibbleError: whatever went wrong in the generating thread or process, in one sentence.

@@ -66,25 +66,30 @@ class Generator:
         self._layers = _layers(model)
         self._piece = 256
 
-    def run(self, ids: Sequence[int], plan: Plan, listener: Listener) -> FinishReason:
+    def run(
+        self, ids: Sequence[int], plan: Plan, listener: Listener, *, stops: Sequence[int] = (), wearer: object = None
+    ) -> FinishReason:
         """Answer a prompt.
 
         Args:
             ids: of the prompt, at least one.
             plan: how to sample; `max_new_tokens` must fit into the context.
             listener: told of the tokens, and asked whether to go on.
+            stops: ids that end this answer, besides the model's.
+            wearer: tells the adapter that the model wears now.
         """
         prompt = torch.tensor([list(ids)], dtype=torch.long, device=self._model.device)
-        cache = self._prefix.take(ids) if self._prefix.supported else None
+        ends = sorted({*self.stops, *stops})
+        cache = self._prefix.take(ids, wearer) if self._prefix.supported else None
         with torch.inference_mode(), _Guard(self._layers, listener.stopped) as guard:
-            watch = _Watch(listener, self.stops, guard)
+            watch = _Watch(listener, ends, guard)
             try:
                 if cache is not None:
                     self._read(prompt, cache, listener)
                 self._model.generate(
                     prompt,
                     attention_mask=torch.ones_like(prompt),
-                    generation_config=generation_config(plan, self.defaults, self.stops),
+                    generation_config=generation_config(plan, self.defaults, ends),
                     logits_processor=LogitsProcessorList([Sampler(plan, prompt.device)]),
                     stopping_criteria=StoppingCriteriaList([watch]),
                     **({CACHE: cache} if cache is not None else {}),
@@ -92,7 +97,7 @@ class Generator:
             except _Stopped:
                 watch.reason = "stopped"
             if cache is not None:
-                self._prefix.keep(cache, [*ids, *watch.tokens])
+                self._prefix.keep(cache, [*ids, *watch.tokens], wearer)
         return watch.reason
 
     def forget(self) -> None:

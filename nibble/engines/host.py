@@ -12,9 +12,10 @@ import logging
 import threading
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from nibble import library
+from nibble import adapters, library
 from nibble.config import Settings
 from nibble.devices import free_memory
 from nibble.engines.base import Chunk, EngineInfo, LoadSpec, Message, Sampling
@@ -93,7 +94,7 @@ class ModelHost:
         caller is cancelled.
 
         Args:
-            name: as `nibble.library.find`.
+            name: as `nibble.library.find`; an adapter's name loads the model that it belongs to.
             low_bit: a format; empty is the one in the settings.
             device: empty is the one in the settings.
             paths: whether `name` may be a folder.
@@ -119,13 +120,21 @@ class ModelHost:
                 await self._close(engine)
 
     async def astream(
-        self, messages: Sequence[Message], sampling: Sampling, stop: threading.Event, visitor: str | None = None
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        stop: threading.Event,
+        visitor: str | None = None,
+        adapter: str = "",
     ) -> AsyncGenerator[Chunk, None]:
         """As `WorkerEngine.astream`, of the model that is there once nothing is being loaded.
 
+        `adapter` is a name in home/adapters.
+
         Raises:
-            NibbleError: no model is loaded, or what went wrong while answering.
+            NibbleError: no model is loaded, no adapter of that name, or what went wrong while answering.
         """
+        worn = str(library.find_adapter(adapter, self._settings.home_folder).resolve()) if adapter else ""
         while self.loading:
             if stop.is_set():
                 yield Chunk(finish_reason="stopped")
@@ -134,7 +143,7 @@ class ModelHost:
             await asyncio.sleep(BEAT_S)
         if self._engine is None:
             raise self.error or ModelError("No model is loaded.", "Load one, then send the message again.")
-        chunks = self._engine.astream(messages, sampling, stop, visitor)
+        chunks = self._engine.astream(messages, sampling, stop, visitor, worn)
         try:
             async for chunk in chunks:
                 yield chunk
@@ -152,7 +161,7 @@ class ModelHost:
             thread.join()
 
     def _find(self, name: str, low_bit: str, device: str, paths: bool) -> Wanted:
-        folder = library.find(name, self._settings.home_folder, paths=paths)
+        folder = self._folder(name, paths)
         trusted = folder.name in self._settings.trust_remote_code
         format_ = resolve(low_bit or self._settings.low_bit)
         called = name if library.NAME.fullmatch(name) else folder.name
@@ -165,6 +174,18 @@ class ModelHost:
         except NibbleError:  # a folder for BigDL-LLM, say, whose library loads what is not read here
             needed = 2 * card.size_bytes + PROCESS_BYTES
         return Wanted(spec, needed)
+
+    def _folder(self, name: str, paths: bool) -> Path:
+        """The model of that name, or the one that the adapter of that name belongs to."""
+        home = self._settings.home_folder
+        try:
+            return library.find(name, home, paths=paths)
+        except ModelError as error:
+            try:
+                adapter = library.find_adapter(name, home)
+            except ModelError:
+                raise error from None
+            return adapters.base_folder(adapters.read(adapter), home)
 
     async def _load(self, wanted: Wanted) -> EngineInfo:
         async with self._turn:

@@ -25,6 +25,7 @@ from nibble.engines.generation import Generator, Listener
 from nibble.engines.sampling import plan
 from nibble.engines.text import Decoder, DecoderFactory
 from nibble.engines.threaded import ThreadedEngine, Ticket, apart
+from nibble.engines.wardrobe import Dressed, Wardrobe
 from nibble.errors import DeviceError, ModelError, NibbleError
 from nibble.library import GUIDE, GUIDE_FOLDER, inspect
 from nibble.lowbit.formats import FORMATS, resolve
@@ -108,13 +109,16 @@ class _Progress:
 class LocalEngine(ThreadedEngine):
     """A causal language model of transformers and its tokenizer."""
 
-    def __init__(self, model: Any, tokenizer: Any, template: Template, info: EngineInfo) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, template: Template, info: EngineInfo, base: Path | None = None
+    ) -> None:
         """
         Args:
             model: on its device, in evaluation mode. The engine takes it over.
             tokenizer: its tokenizer, used by this engine alone.
             template: as `choose_template` returns it.
             info: what to tell of it; memory is measured anew each time it is asked for.
+            base: folder of the model, by which adapters are matched to it; without one it wears none.
         """
         super().__init__()
         eos = tokenizer.eos_token_id
@@ -125,6 +129,7 @@ class LocalEngine(ThreadedEngine):
         self._vocabulary = model.get_input_embeddings().num_embeddings
         self._device = str(model.device.type)
         self._info = info
+        self._wardrobe = Wardrobe(model, base) if base else None
 
     @classmethod
     @apart
@@ -170,7 +175,7 @@ class LocalEngine(ThreadedEngine):
             dtype=where.dtype, reason=where.reason, context=_context(model, tokenizer), template=template.name,
             family=card.family, parameters=card.parameters, load_s=time.perf_counter() - start, note=template.note,
         )  # fmt: skip
-        engine = cls(model, tokenizer, template, info)
+        engine = cls(model, tokenizer, template, info, folder)
         engine.warm_up()
         engine._info = replace(engine._info, kernel=kernel_name(model))  # a kernel is tried, and kept, at its first use
         return engine
@@ -194,6 +199,7 @@ class LocalEngine(ThreadedEngine):
     def answer(self, ticket: Ticket) -> None:
         """As `ThreadedEngine.answer`."""
         began, context = time.perf_counter(), self._info.context
+        worn = self._wear(ticket.request.adapter)
         wanted = plan(ticket.request.sampling, self._generator.defaults)
         reserve = min(wanted.max_new_tokens, max(1, context // 4))
         fitted = fit(clean(ticket.request.messages), self._encode, context, reserve)
@@ -206,7 +212,16 @@ class LocalEngine(ThreadedEngine):
         progress.tell(progress.chunk(progress.lead))
         wanted = replace(wanted, max_new_tokens=min(wanted.max_new_tokens, context - len(fitted.ids)))
         listener = Listener(progress.stopped, progress.on_prompt, progress.on_token)
-        progress.finish(self._generator.run(fitted.ids, wanted, listener))
+        stops, wearer = (worn.stops, worn.key) if worn else ((), None)
+        progress.finish(self._generator.run(fitted.ids, wanted, listener, stops=stops, wearer=wearer))
+
+    def _wear(self, adapter: str) -> Dressed | None:
+        """Put the adapter in a folder on the model, or take off what it wears."""
+        if self._wardrobe is None:
+            if adapter:
+                raise ModelError("This model wears no adapters.", "Load it from its folder.")
+            return None
+        return self._wardrobe.wear(adapter)
 
     def explain(self, error: BaseException) -> NibbleError:
         """As `ThreadedEngine.explain`; out of memory is told with what to do about it."""
@@ -223,7 +238,7 @@ class LocalEngine(ThreadedEngine):
         """End what runs and give the model's memory back. A second call does nothing."""
         super().close()
         if hasattr(self, "_generator"):
-            del self._generator
+            del self._generator, self._wardrobe
             release_memory(self._device)
 
     def _encode(self, messages: Any) -> list[int]:

@@ -66,6 +66,8 @@ class Request:
     messages: Sequence[Message]
     sampling: Sampling
     visitor: str | None = None
+    adapter: str = ""
+    """Folder of the adapter that the model wears for this answer; empty is none."""
 
 
 class Ticket:
@@ -170,11 +172,16 @@ class ThreadedEngine(ABC):
             self._tell_places()
 
     def stream(
-        self, messages: Sequence[Message], sampling: Sampling, stop: threading.Event, visitor: str | None = None
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        stop: threading.Event,
+        visitor: str | None = None,
+        adapter: str = "",
     ) -> Iterator[Chunk]:
         """As `nibble.engines.base.Engine.stream`."""
         box: queue.SimpleQueue[Chunk | NibbleError] = queue.SimpleQueue()
-        ticket = self.submit(Request(messages, sampling, visitor), box.put, stop)
+        ticket = self.submit(Request(messages, sampling, visitor, adapter), box.put, stop)
         try:
             yield from read_box(box, Reading(stop, lambda: self.cancel(ticket)))
         finally:

@@ -2,7 +2,7 @@
 
 Promises that chunks, errors and requests arrive as they were sent, lone surrogates too. Knows nothing of processes.
 
-    to the child    {"load": LoadSpec}  {"id": 1, "ask": {messages, sampling, visitor}}  {"id": 1, "stop": true}
+    to the child    {"load": LoadSpec}  {"id": 1, "ask": Request}  {"id": 1, "stop": true}
     to the page     {"ready": EngineInfo}  {"memory": bytes}  {"id": 1, "chunk": {...}}  {"id": 1, "error": {...}}
                     {"error": {...}} without an id: the model cannot be loaded
 """
@@ -65,4 +65,4 @@ def pack_request(request: Request) -> dict[str, Any]:
 
 def unpack_request(packed: dict[str, Any]) -> Request:
     """The request that `pack_request` packed."""
-    return Request(packed["messages"], Sampling(**packed["sampling"]), packed["visitor"])
+    return Request(packed["messages"], Sampling(**packed["sampling"]), packed["visitor"], packed["adapter"])

@@ -99,7 +99,12 @@ class WorkerEngine:
         return child.process.pid if child and child.process and not child.dead else None
 
     def stream(
-        self, messages: Sequence[Message], sampling: Sampling, stop: threading.Event, visitor: str | None = None
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        stop: threading.Event,
+        visitor: str | None = None,
+        adapter: str = "",
     ) -> Iterator[Chunk]:
         """As `nibble.engines.base.Engine.stream`; chunks are marked `loading` until the model is there."""
         child = self._living()
@@ -111,7 +116,7 @@ class WorkerEngine:
             concurrent.futures.wait([child.ready], timeout=BEAT_S)
         child.ready.result()
         box: queue.SimpleQueue[Chunk | NibbleError] = queue.SimpleQueue()
-        number = child.ask(Request(messages, sampling, visitor), box.put)
+        number = child.ask(Request(messages, sampling, visitor, adapter), box.put)
         try:
             yield from read_box(box, Reading(stop, lambda: child.stop(number)))
         except Stalled as error:
@@ -121,7 +126,12 @@ class WorkerEngine:
             child.stop(number)
 
     async def astream(
-        self, messages: Sequence[Message], sampling: Sampling, stop: threading.Event, visitor: str | None = None
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        stop: threading.Event,
+        visitor: str | None = None,
+        adapter: str = "",
     ) -> AsyncGenerator[Chunk, None]:
         """As `stream`, for an event loop: takes no thread while it waits."""
         child = self._living()
@@ -139,7 +149,7 @@ class WorkerEngine:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(box.put_nowait, item)
 
-        number = child.ask(Request(messages, sampling, visitor), sink)
+        number = child.ask(Request(messages, sampling, visitor, adapter), sink)
         reading = Reading(stop, lambda: child.stop(number))
         try:
             while True:

@@ -2,8 +2,8 @@
 
 Promises the values of the layer's own forward, rounding apart: tried once for each layer, dropped with a log line if
 they differ. Serves a single token of a single conversation on a CPU, in bfloat16, when nobody wants gradients;
-everything else takes the layer's own way. Hooks on the parts of a layer are not called for such a token. Knows nothing
-of formats.
+everything else takes the layer's own way. Hooks on the parts of a layer are not called for such a token; an adapter
+that the layers wear (`nibble.lowbit.lora`) is added all the same. Knows nothing of formats.
 
 A layer's products take most of a token's time, but its some sixty small operations and fifteen modules took as long as
 a sixth of them. Here the projections that read the same input are one product, keys and values are written into room
@@ -30,6 +30,7 @@ from nibble.lowbit import attention
 from nibble.lowbit.int4_cpu import CpuInt4Weight, block_rows
 from nibble.lowbit.kernels import TOLERANCE
 from nibble.lowbit.linear import LowBitLinear, give_back_memory
+from nibble.lowbit.lora import addition_of
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,14 @@ class _Joined:
     def product(self, row: torch.Tensor) -> torch.Tensor:
         """row [1, in] -> the layers' outputs side by side [1, out]."""
         out = self.weight.matmul(row)
-        return out if self.bias is None else out.add_(self.bias)
+        if self.bias is not None:
+            out.add_(self.bias)
+        start = 0
+        for layer in self.layers:
+            if (addition := addition_of(layer)) is not None:
+                out[:, start : start + layer.out_features] += addition.of(row)
+            start += layer.out_features
+        return out
 
     @property
     def current(self) -> bool:
