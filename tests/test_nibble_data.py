@@ -164,8 +164,9 @@ def test_duplicates_among_many_rows(tmp_path: Path) -> None:
 
 
 def test_parquet(tmp_path: Path) -> None:
-    arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as arrow
+    from pyarrow import parquet
+
     path = tmp_path / "set.parquet"
     parquet.write_table(arrow.Table.from_pylist([FORMS["messages"]] * 1000), path)
     assert [list(row.messages) for row in rows(path)] == [TURNS] * 1000

@@ -7,12 +7,14 @@ Knows nothing of models.
 
 from __future__ import annotations
 
+import mmap
 import random
+import tempfile
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch.utils.data import Dataset
@@ -20,50 +22,110 @@ from torch.utils.data import Dataset
 from nibble.data.check import Report, check
 from nibble.data.render import Encoder
 from nibble.data.rows import IGNORED, ColumnMap, Row, Sample
+from nibble.errors import DataError
+
+CHUNK = 2**20
+"""Bytes of samples that are written at once."""
 
 Segment = tuple[list[int], list[int]]
 """Ids and labels of one sample."""
 
 
 class Corpus:
-    """Samples as flat arrays, five bytes a token; an index gives ids and labels."""
+    """Samples on disk, five bytes a token, mapped into memory; an index gives ids and labels.
 
-    def __init__(self) -> None:
-        self._ids = array("i")
-        self._trained = bytearray()
+    Its files have no names: whatever ends this process, they go with it.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """
+        Args:
+            folder: on whose disk the samples lie; None is where the system has its temporary files.
+        """
+        self._files = [tempfile.TemporaryFile(dir=folder, buffering=CHUNK) for _ in range(2)]  # noqa: SIM115
         self._ends = array("q", [0])
+        self._views: tuple[memoryview, memoryview] | None = None
 
     def add(self, sample: Sample) -> None:
-        """Take one more."""
-        self._ids.extend(sample.ids)
-        self._trained.extend(sample.trained)
-        self._ends.append(len(self._ids))
+        """Take one more, before the first is read.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        ids, trained = self._files
+        ids.write(array("i", sample.ids))
+        trained.write(bytes(sample.trained))
+        self._ends.append(self._ends[-1] + len(sample.ids))
+
+    def seal(self) -> tuple[memoryview, memoryview]:
+        """Take no more; the ids, and of each whether it is trained.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        if self._views is None:
+            views = []
+            for file in self._files:
+                file.flush()
+                empty = file.tell() == 0
+                views.append(memoryview(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+                file.close()
+            self._views = views[0].cast("i"), views[1]
+        return self._views
 
     def __len__(self) -> int:
         return len(self._ends) - 1
 
     def __getitem__(self, place: int) -> Segment:
+        every, trained = self.seal()
         start, end = self._ends[place], self._ends[place + 1]
-        ids = self._ids[start:end].tolist()
-        labels = [token if learnt else IGNORED for token, learnt in zip(ids, self._trained[start:end], strict=True)]
+        ids = every[start:end].tolist()
+        labels = [token if learnt else IGNORED for token, learnt in zip(ids, trained[start:end], strict=True)]
         return ids, labels
 
     def tokens(self, place: int) -> int:
         """Length of one sample."""
         return self._ends[place + 1] - self._ends[place]
 
-    def trained(self, places: Sequence[int]) -> int:
+    def trained(self, places: Iterable[int]) -> int:
         """Tokens of these samples that the loss is taken on."""
-        return sum(sum(self._trained[self._ends[place] : self._ends[place + 1]]) for place in places)
+        trained = self.seal()[1]
+        return sum(sum(trained[self._ends[place] : self._ends[place + 1]]) for place in places)
 
 
-def read(path: Path, encoder: Encoder, mapping: ColumnMap) -> tuple[Corpus, Report]:
-    """A data set checked and made into samples, in one pass.
+Item = TypeVar("Item")
+
+
+class Each(Sequence[Item]):
+    """What is made of each of some samples, when it is asked for: a list of them all would not stay small."""
+
+    def __init__(self, places: Sequence[int], make: Callable[[int], Item]) -> None:
+        self.places, self.make = places, make
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Item]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        return Each(self.places[index], self.make) if isinstance(index, slice) else self.make(self.places[index])
+
+
+def read(path: Path, encoder: Encoder, mapping: ColumnMap, folder: Path | None = None) -> tuple[Corpus, Report]:
+    """A data set checked and made into samples, in one pass and in flat memory.
+
+    Args:
+        path: as `nibble.data.store.find` returns it.
+        encoder: makes the samples.
+        mapping: what the person says of its columns.
+        folder: as of `Corpus`.
 
     Raises:
-        DataError: it cannot be trained on; the sentence names a row or a column.
+        DataError: it cannot be trained on, and the sentence names a row or a column; or its samples have no room.
     """
-    corpus = Corpus()
+    corpus = Corpus(folder)
 
     def encode(row: Row) -> Sample:
         sample = encoder.encode(row)
@@ -71,16 +133,23 @@ def read(path: Path, encoder: Encoder, mapping: ColumnMap) -> tuple[Corpus, Repo
             corpus.add(sample)
         return sample
 
-    report = check(path, mapping, encode=encode)
+    try:
+        report = check(path, mapping, encode=encode)
+        corpus.seal()
+    except OSError as error:
+        raise DataError(
+            f"The samples of {path.name} could not be stored: {error.strerror}.",
+            "They take five bytes a token: free some space, or set home (or TMPDIR) to a larger disk.",
+        ) from None
     report.require()
     return corpus, report
 
 
-def split(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+def split(count: int, share: float, seed: int) -> tuple[Sequence[int], Sequence[int]]:
     """Numbers of the samples to train on, and of those held out; the seed decides, and at least one is trained on."""
     held = min(max(1, round(count * share)), count - 1) if share else 0
     chosen = set(random.Random(seed).sample(range(count), held))
-    return [place for place in range(count) if place not in chosen], sorted(chosen)
+    return array("q", (place for place in range(count) if place not in chosen)), sorted(chosen)
 
 
 def pack(corpus: Corpus, places: Sequence[int], longest: int) -> list[list[int]]:
@@ -113,7 +182,7 @@ class Deck(Dataset[list[Segment]]):
     seed: int
     first: Sequence[int] = ()
     """Rows that come before the first pass: a dry run's longest."""
-    _pass: tuple[int, list[int]] = (-1, [])
+    _pass: tuple[int, array[int]] = (-1, array("q"))
 
     def __len__(self) -> int:
         return self.length
@@ -123,7 +192,7 @@ class Deck(Dataset[list[Segment]]):
             return [self.corpus[place] for place in self.rows[self.first[index]]]
         number, place = divmod(index - len(self.first), len(self.rows))
         if number != self._pass[0]:
-            order = list(range(len(self.rows)))
+            order = array("q", range(len(self.rows)))
             random.Random(f"{self.seed} {number}").shuffle(order)
             self._pass = (number, order)
         return [self.corpus[sample] for sample in self.rows[self._pass[1][place]]]
@@ -132,7 +201,7 @@ class Deck(Dataset[list[Segment]]):
         """The same deck with its `count` longest rows dealt first."""
         sizes = [sum(map(self.corpus.tokens, row)) for row in self.rows]
         order = sorted(range(len(sizes)), key=lambda row: (-sizes[row], row))
-        return replace(self, first=[order[place % len(order)] for place in range(count)], _pass=(-1, []))
+        return replace(self, first=[order[place % len(order)] for place in range(count)], _pass=(-1, array("q")))
 
 
 Batch = dict[str, torch.Tensor]

@@ -248,7 +248,7 @@ class _Trainer(transformers.Trainer):
         course, learner = teacher.course, teacher.learner
         args = arguments(teacher)
         super().__init__(
-            model=learner.model, args=args, train_dataset=course.deck, eval_dataset=list(course.heldout) or None,
+            model=learner.model, args=args, train_dataset=course.deck, eval_dataset=course.heldout or None,
             data_collator=collator(course.padding, learner.dtype if course.packed else None),
         )  # fmt: skip
         self.remove_callback(PrinterCallback)

@@ -66,7 +66,7 @@ def run(order: Order, report: Report, folder: Path, *, leads: bool = True) -> di
         report.progress(0, 0, "", "prepare")
     reader = open_reader(order.base, recipe.max_length, trusted=order.trusted)
     session.note(*reader.notes)
-    corpus, found = feed.read(order.data, reader.encoder, feed.as_mapping(recipe.columns, recipe.leave_out))
+    corpus, found = feed.read(order.data, reader.encoder, feed.as_mapping(recipe.columns, recipe.leave_out), folder)
     session.note(*found.sentences(), *reader.encoder.notes)
     session.stop_id = reader.encoder.stop_id if _is_chat(found) else reader.tokenizer.eos_token_id
     device = choose(order.device)
@@ -120,7 +120,7 @@ def _course(session: Session, reader: Reader, learner: Learner, corpus: Corpus, 
     recipe = session.order.recipe
     places, held = feed.split(len(corpus), recipe.eval_share, recipe.seed)
     longest = reader.encoder.max_length or recipe.max_length
-    rows: Sequence[Sequence[int]] = [[place] for place in places]
+    rows: Sequence[Sequence[int]] = feed.Each(places, lambda place: (place,))
     packed = False
     if recipe.packing:
         why = packing.inexact(learner.model, corpus, places, reader.padding, learner.dtype)
@@ -134,7 +134,7 @@ def _course(session: Session, reader: Reader, learner: Learner, corpus: Corpus, 
     if session.order.dry:
         steps = max(steps, DRY_STEPS)
     deck = Deck(corpus, rows, steps * batch, recipe.seed)
-    heldout = [[corpus[place]] for place in held]
+    heldout = feed.Each(held, lambda place: [corpus[place]])
     if not heldout and recipe.early_stop:
         session.note("Nothing is held out, so the run cannot stop early.")
     if session.order.dry:
@@ -169,7 +169,7 @@ def _measure(session: Session, teacher: Teacher, found: Found, device: Device) -
         "total_s": seconds * steps,
         "steps": steps,
         "samples": sum(map(len, rows)),
-        "trained_tokens": teacher.course.deck.corpus.trained([place for row in rows for place in row]),
+        "trained_tokens": teacher.course.deck.corpus.trained(place for row in rows for place in row),
         "trainable_parameters": teacher.learner.trainable,
         "parameters": count_parameters(model),
         "truncated_share": found.truncated / found.usable if found.usable else 0.0,
