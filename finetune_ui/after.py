@@ -11,6 +11,7 @@ from html import escape
 from typing import Any
 
 from finetune_ui.view import Say, small
+from nibble.jobs.progress import size
 from parts.view import NOTHING, table
 
 Plain = Mapping[str, Any]
@@ -70,5 +71,19 @@ def _number(value: Any, form: str) -> str:
 
 
 def proof(job: Plain, say: Say) -> str:
-    """What a merge has proven of itself."""
-    return ""
+    """What a merge has proven of itself: each sentence, and the models that it made."""
+    result = job["result"] or {}
+    told = result.get("report") or {}
+    low_bit = [line for row in told.get("low_bit") or () for line in row.get("sentences") or ()]
+    notes = list(told.get("notes") or ())
+    lines = [line for line in told.get("sentences") or () if line not in notes and line not in low_bit]
+    parts = [f"<h5>{say('proven', name=result.get('name', ''))}</h5>"]
+    parts += [f"<p class='check good'>{escape(str(line))}</p>" for line in lines]
+    parts += [small(escape(str(line))) for line in (*low_bit, *notes)]
+    rows = [
+        f"<tr><th scope='row'>{escape(str(model['name']))}</th><td>{escape(str(model.get('format', '')))}</td>"
+        f"<td>{size(model['bytes']) if model.get('bytes') else NOTHING}</td></tr>"
+        for model in result.get("models") or ()
+    ]
+    head = [say("th_subject"), say("th_form"), say("th_bytes")]
+    return "".join(parts) + (f"<div class='wide'>{table(head, rows, 'made')}</div>" if rows else "")

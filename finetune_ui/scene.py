@@ -183,7 +183,8 @@ class Scene:
         w = self.w.after
         adapters = [card["name"] for card in self.operator.cards() if card["kind"] == "adapter"]
         later = [job for job in jobs if job["task"] in ("merge", "compare")]
-        own = str(((run or {}).get("result") or {}).get("adapter") or "")
+        # A run that was stopped has left an adapter, and no result.
+        own = str(((run or {}).get("result") or {}).get("adapter") or (run or {}).get("spec", {}).get("out") or "")
         steps = after.checkpoints(run)
         compared = next((job for job in later if job["task"] == "compare" and job["state"] == "done"), None)
         merged = next((job for job in later if job["task"] == "merge" and job["state"] == "done"), None)

@@ -24,6 +24,7 @@ from nibble.border import sentence
 from nibble.data.store import NotHere
 from nibble.errors import ModelError, NibbleError
 from nibble.operator import Operator
+from nibble.training.launch import launch_command
 from nibble.wishes import Compare, Download, Finetune, Merge
 from nibble.words import language_of
 from parts.console import command
@@ -191,7 +192,10 @@ class Wiring:
         lines = ["", ""]
         if spec is not None and spec["model"] and spec["data"]:
             spec |= self.operator.surroundings
-            lines = [command("finetune", spec | {"dry_run": True}), command("finetune", spec)]
+            several = [f"# {say_from(request).plain('more_devices')}", launch_command("run.yaml")]
+            several += [launch_command("run.yaml", 8, machines=2, machine=number) for number in (0, 1)]
+            alone = command("finetune", spec)
+            lines = [command("finetune", spec | {"dry_run": True}), "\n".join([alone, "", *several])]
         return {
             self.w.settings.form: gr.update(problems=found),
             self.w.dry.console: lines[0],

@@ -105,7 +105,8 @@ def made(job: Plain) -> list[str]:
     spec = job["spec"]
     found = [] if spec.get("file") or spec.get("dataset") or job["task"] == "quantize" else [result]
     found += result.get("models") or []
-    return [str(model["name"]) for model in found if job["task"] in MAKERS and model.get("name")]
+    names = (str(model["name"]) for model in found if job["task"] in MAKERS and model.get("name"))
+    return list(dict.fromkeys(names))
 
 
 def _progress(job: Plain, say: Say) -> str:

@@ -46,6 +46,7 @@ WORDS = Words(
         "stage_compare": ("comparing", "比较"),
         "stage_merge": ("merging", "合并"),
         "stage_prove": ("proving", "验证"),
+        "stage_logits": ("comparing answers", "比较输出"),
         "unit_step": ("steps", "步"),
         "unit_parts": ("parts", "部分"),
         "unit_models": ("models", "个模型"),
