@@ -1,6 +1,7 @@
 """What several test files share. Nothing here needs the network, and nothing is written outside a temporary folder."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,17 @@ def bigdl_python() -> Path:
     if not python.exists():
         pytest.skip("IPEX-LLM IS NOT TRIED: there is no .venv-bigdl; `make bigdl` builds it")
     return python
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models so small that a second thread is only waited for."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import copy
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,10 @@ from nibble.errors import ModelError
 from nibble.lowbit import FORMATS, LowBitLinear
 from nibble.transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PACKED = [name for name, row in FORMATS.items() if row.quantized]
 TARGETS = ["q_proj", "k_proj", "v_proj"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -70,20 +70,21 @@ def test_killed_and_resumed_runs_end_with_the_unbroken_runs_adapter(
 def poisoned(step: int, part: int, parts: int, what: str, value: float) -> Iterator[None]:
     """Within it the loss or the gradient of one micro-batch of one step is no number.
 
-    Through torch's own hooks: every forward of the output head in training is one micro-batch.
+    Through torch's own hooks: every forward of the model's body in training is one micro-batch.
     """
     seen = 0
 
     def poison(module: nn.Module, inputs: Any, output: Any) -> Any:
         nonlocal seen
-        if not (isinstance(module, nn.Linear) and module.out_features == 6144 and module.training):
+        if type(module).__name__ != "Qwen2Model" or not module.training:
             return None
         seen += 1
         if seen != (step - 1) * parts + part:
             return None
         if what == "loss":
-            return output * value
-        output.register_hook(lambda grad: grad * value)
+            output.last_hidden_state = output.last_hidden_state * value
+        else:
+            output.last_hidden_state.register_hook(lambda grad: grad * value)
         return output
 
     handle = register_module_forward_hook(poison)
@@ -209,7 +210,7 @@ def test_a_cpu_does_not_train_in_float16_and_says_so(learning: Path) -> None:
 
 def test_too_little_memory_is_a_sentence(learning: Path) -> None:
     def full(module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(module, nn.Linear) and module.training and module.out_features == 6144:
+        if type(module).__name__ == "Qwen2Model" and module.training:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
     handle = register_module_forward_hook(full)

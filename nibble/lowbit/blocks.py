@@ -20,7 +20,10 @@ from nibble.errors import ModelError
 from nibble.lowbit.formats import Format, resolve
 
 CHUNK = 2**21
-"""Weights handled at once: large enough to fill the cores, small enough that temporaries stay in the caches."""
+"""Weights packed at once: large enough to fill the cores, small enough that temporaries stay in the caches."""
+
+DECODED = 2**19
+"""Weights unpacked at once on a CPU: what lies between codes and values stays in a core's own cache."""
 
 # https://github.com/bitsandbytes-foundation/bitsandbytes, functional.get_4bit_type.
 NF4 = (
@@ -60,9 +63,14 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [out, in]; exact in float32, otherwise rounded once or twice to `dtype`."""
         out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
-        for rows in row_chunks(self.shape[0], self.shape[1], size=chunk_for(out.device)):
-            out[rows] = decode(self.format, self.codes[rows], self.scales[rows], dtype)[:, : self.in_features]
+        size = DECODED if out.device.type == "cpu" else chunk_for(out.device)
+        for rows in row_chunks(self.shape[0], self.shape[1], size=size):
+            decode(self.format, self.codes[rows], self.scales[rows], out[rows])
         return out
+
+    def rows(self, part: slice) -> QuantizedTensor:
+        """Some rows of the weight, sharing memory."""
+        return QuantizedTensor(self.format, self.codes[part], self.scales[part], self.in_features)
 
 
 def quantize(weight: torch.Tensor, name: str) -> QuantizedTensor:
@@ -118,21 +126,29 @@ def encode(fmt: Format, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return pack_bits(codes, fmt.bits), scales
 
 
-def decode(fmt: Format, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Values [rows, padded in] of packed rows. In float32 these are the references' operations, in their order."""
+def decode(fmt: Format, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+    """Write the values of packed rows to `out` [rows, in]; in float32 by the references' operations, in their order."""
     if fmt.kind == "none":
-        return codes.flatten(1).view(PLAIN[fmt.name]).to(dtype)
-    if dtype == torch.float16:
-        # Scales of small weights, those of float8 first, fall below float16's normal numbers.
-        return decode(fmt, codes, scales, torch.float32).half()
+        out.copy_(codes.flatten(1).view(PLAIN[fmt.name]))
+        return
+    # Scales of small weights, those of float8 first, fall below float16's normal numbers. And for scale and minimum in
+    # bfloat16 a CPU takes three times as long as for both in float32 and a cast.
+    slow = fmt.kind == "asymmetric" and out.device.type == "cpu"
+    dtype = torch.float32 if out.dtype == torch.float16 or slow else out.dtype
     scales = scales.to(dtype)
     values = _values(fmt, codes, dtype)
+    whole = out.dtype == dtype and out.shape[1] == values.shape[1] * values.shape[2]
+    place = out.view(values.shape) if whole else values
     if fmt.kind != "asymmetric":
-        return values.mul_(scales.unsqueeze(-1)).flatten(1)
-    scale, minimum = scales.unsqueeze(-2).unbind(-1)
-    if dtype == torch.float32:
-        return values.mul_(scale).add_(minimum).flatten(1)
-    return torch.addcmul(minimum, values, scale, out=values).flatten(1)
+        torch.mul(values, scales.unsqueeze(-1), out=place)
+    else:
+        scale, minimum = scales.unsqueeze(-2).unbind(-1)
+        if dtype == torch.float32:
+            torch.add(values.mul_(scale), minimum, out=place)
+        else:
+            torch.addcmul(minimum, values, scale, out=place)
+    if not whole:
+        out.copy_(place.flatten(1)[:, : out.shape[1]])
 
 
 # --- weights to integer codes -----------------------------------------------------------------------------------------

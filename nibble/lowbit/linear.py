@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 from nibble.errors import ModelError
 from nibble.lowbit import kernels
-from nibble.lowbit.blocks import QuantizedTensor, chunk_for, decode, quantize, row_chunks
+from nibble.lowbit.blocks import QuantizedTensor, chunk_for, quantize, row_chunks
 from nibble.lowbit.formats import Format
 from nibble.lowbit.recipes import Int4Weight
 
@@ -173,24 +173,37 @@ def _activations(rows: torch.Tensor) -> torch.Tensor:
     return rows
 
 
+DENSE = 2**24
+"""Weights that a product dequantizes at once: all of most matrices, since one product is faster than its parts."""
+
+
+def _parts(weight: QuantizedTensor) -> list[slice]:
+    size = max(DENSE, chunk_for(weight.codes.device))
+    return list(row_chunks(weight.shape[0], weight.shape[1], size=size))
+
+
 def matmul(rows: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
     """rows [n, in] times the transposed weight: [n, out] in the rows' dtype, on any device; no graph.
 
-    The weight is dequantized a few rows at a time, so that memory stays flat.
+    A large weight is dequantized a part at a time, so that memory stays flat.
     """
+    parts = _parts(weight)
+    if len(parts) == 1:
+        return linear(rows, weight.dequantize(rows.dtype))
     out = rows.new_empty(len(rows), weight.shape[0])
-    for part in row_chunks(weight.shape[0], weight.shape[1], size=chunk_for(rows.device)):
-        dense = decode(weight.format, weight.codes[part], weight.scales[part], rows.dtype)[:, : weight.in_features]
-        out[:, part] = linear(rows, dense)
+    for part in parts:
+        out[:, part] = linear(rows, weight.rows(part).dequantize(rows.dtype))
     return out
 
 
 def matmul_transposed(rows: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
     """rows [n, out] times the weight: [n, in] in the rows' dtype; sums over parts of the weight are kept in float32."""
+    parts = _parts(weight)
+    if len(parts) == 1:
+        return rows @ weight.dequantize(rows.dtype)
     total = torch.zeros(len(rows), weight.in_features, dtype=torch.float32, device=rows.device)
-    for part in row_chunks(weight.shape[0], weight.shape[1], size=chunk_for(rows.device)):
-        dense = decode(weight.format, weight.codes[part], weight.scales[part], rows.dtype)[:, : weight.in_features]
-        total += rows[:, part] @ dense
+    for part in parts:
+        total += rows[:, part] @ weight.rows(part).dequantize(rows.dtype)
     return total.to(rows.dtype)
 
 
@@ -201,15 +214,14 @@ class _Product(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, rows: torch.Tensor, fmt: Format, codes: torch.Tensor, scales: torch.Tensor
     ) -> torch.Tensor:
-        ctx.format, ctx.in_features = fmt, rows.shape[1]
-        ctx.save_for_backward(codes, scales)
-        return matmul(rows, QuantizedTensor(fmt, codes, scales, rows.shape[1]))
+        # Not as a saved tensor: checkpointing would compute the whole product again to save it again.
+        ctx.weight = QuantizedTensor(fmt, codes, scales, rows.shape[1])
+        return matmul(rows, ctx.weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
-        codes, scales = ctx.saved_tensors
-        return matmul_transposed(grad, QuantizedTensor(ctx.format, codes, scales, ctx.in_features)), None, None, None
+        return matmul_transposed(grad, ctx.weight), None, None, None
 
 
 def prepare(model: nn.Module) -> None:

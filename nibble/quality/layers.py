@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from nibble.checkpoint import read_header, weight_files
-from nibble.lowbit.blocks import QuantizedTensor, decode, row_chunks
+from nibble.lowbit.blocks import QuantizedTensor, row_chunks
 from nibble.lowbit.linear import LowBitLinear
 
 WORST = 10
@@ -61,7 +61,7 @@ def relative_error(weight: torch.Tensor, packed: QuantizedTensor) -> float:
     error = size = 0.0
     for part in row_chunks(*packed.shape):
         dense = weight[part].to(packed.codes.device).float()
-        values = decode(packed.format, packed.codes[part], packed.scales[part], torch.float32)[:, : packed.in_features]
+        values = packed.rows(part).dequantize()
         error += float((dense - values).square().sum())
         size += float(dense.square().sum())
     return math.sqrt(error / size) if size else 0.0

@@ -19,9 +19,12 @@ from nibble.data.render import Encoder, padding_id
 from nibble.devices import Device
 from nibble.errors import DeviceError, ModelError, NibbleError
 from nibble.library import GUIDE, GUIDE_FOLDER
+from nibble.lowbit import attention
 from nibble.lowbit.linear import LowBitLinear
 from nibble.prompts import choose_template
+from nibble.qlora import quicken
 from nibble.training import targets
+from nibble.training.loss import frugal
 from nibble.training.recipe import Recipe
 from nibble.transformers import AutoModelForCausalLM
 
@@ -128,7 +131,9 @@ def load(reader: Reader, recipe: Recipe, device: Device, *, trusted: bool = Fals
         r=recipe.r, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, bias=recipe.bias,  # type: ignore[arg-type]
         target_modules=list(chosen.names), task_type="CAUSAL_LM",
     )  # fmt: skip
-    learner = Learner(peft.get_peft_model(model, lora), stored or recipe.form, dtype, notes + chosen.notes)
+    adapted: Any = quicken(peft.get_peft_model(model, lora))
+    learner = Learner(adapted, stored or recipe.form, dtype, notes + chosen.notes)
+    frugal(learner.model)
     if not learner.trainable:
         raise ModelError("There is nothing to train: the adapter holds no weights.", "Name other targets.")
     return learner
@@ -142,8 +147,9 @@ def _base(folder: Path, recipe: Recipe, dtype: torch.dtype, trusted: bool) -> tu
         options |= {"load_in_low_bit": recipe.form, "modules_to_not_convert": list(recipe.modules_to_not_convert)}
     load = AutoModelForCausalLM.load_low_bit if packed else AutoModelForCausalLM.from_pretrained
     try:
-        # Chat's attention is made for one new token; this one learns.
-        return load(folder, attn_implementation="sdpa", **options), packed
+        model = load(folder, attn_implementation="sdpa", **options)
+        attention.use(model)
+        return model, packed
     except ModelError as error:
         if "scaled_dot_product_attention" not in str(error.__cause__):
             raise
@@ -159,7 +165,6 @@ def _checkpointing(model: Any) -> list[str]:
         model.activation_checkpointing_enable(options)
     else:
         model.gradient_checkpointing_enable(options)
-    model.enable_input_require_grads()
     return []
 
 
