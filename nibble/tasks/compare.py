@@ -36,6 +36,10 @@ SUBJECTS = ("adapter", "run", "model")
 
 SEED, NEW_TOKENS = 42, 64
 
+ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
+"""Of the libraries, unless set already: threads that spin while they wait for each other make it ten times slower as
+soon as anything else wants a core."""
+
 JSON_FILE, HTML_FILE = "compare.json", "compare.html"
 
 
@@ -67,7 +71,8 @@ def run(spec: Mapping[str, Any], report: Report) -> dict[str, Any]:
     trusted = name in settings.trust_remote_code
     check(order.base, trust_remote_code=trusted)
     text = Path(spec["text"]).expanduser() if spec.get("text") and paths else None
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     # These import torch; a refusal above needs none.
     from nibble.comparing import bench
     from nibble.data import store
