@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": "what a model loses in each low-bit format: perplexity, KL, agreement, size, memory, speed",
     "quantize": "a model in low bit: smaller, and what it lost by that",
     "finetune": "an adapter trained on a model and a data set: LoRA on a base in low bit, or in bf16",
+    "merge": "a model out of an adapter and its base, which proves itself",
     "compare": "a base, its tuned form and checkpoints, side by side on the same prompts",
     "doctor": "what Nibble finds on this machine: libraries, device, memory, settings, proxy",
 }

@@ -51,7 +51,7 @@ INSIDE = {
     "qlora": {"qlora", "transformers", "lowbit", "devices", "training.recipe"},
     "merging": READING
     | {"merging", "adapters", "shards", "publish", "packing", "lowbit", "transformers", "qlora", "devices", "prompts"}
-    | {"tasks"},
+    | {"tasks", "sources", "bigdl.folders"},
     "comparing": READING
     | {"comparing", "adapters", "training", "quality", "data", "transformers", "qlora", "lowbit", "devices", "prompts"}
     | {"publish", "tasks", "engines"},
@@ -81,6 +81,7 @@ TORCH_FREE = (
     "nibble.data", "nibble.data.preview", "nibble.data.store", "nibble.data.glimpse",
     "nibble.training.recipe", "nibble.adapters", "nibble.training.checkpoints",
     "nibble.training.order", "nibble.tasks.finetune", "nibble.commands.finetune",
+    "nibble.merging", "nibble.merging.base", "nibble.tasks.merge", "nibble.commands.merge",
     "nibble.engines.bigdl", "nibble.bigdl.folders", "nibble.bigdl.older_folder", "nibble.bigdl.convert",
     "nibble.compat", "nibble.operator",
     "nibble.quality", "nibble.quality.table", "nibble.tasks.evaluate", "nibble.commands.evaluate",

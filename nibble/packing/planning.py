@@ -82,7 +82,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Target:
+class Target:
     """Where transformers puts a tensor of a checkpoint."""
 
     names: tuple[str, ...]
@@ -99,7 +99,7 @@ def plan(source: Source, packing: Packing) -> Plan:
         ModelError: transformers does not know the model, a weight is missing or has another shape, or there is
             nothing to pack.
     """
-    model = _skeleton(source)
+    model = skeleton(source)
     if packing.low_bit:
         config = LowBitConfig(packing.low_bit, list(packing.skip), dict(packing.overrides))
     else:
@@ -109,7 +109,7 @@ def plan(source: Source, packing: Packing) -> Plan:
     model.config.quantization_config = config
     model.hf_quantizer = quantizer  # type: ignore[assignment]
 
-    targets = _targets(source.tensors, model)
+    targets = targets_of(source.tensors, model)
     own = {name for to in targets.values() for name in to.names}
     quantizer.tied = {target: of for target, of in quantizer.tied.items() if target not in own}
     _refuse_incomplete(source, model, quantizer.tied, targets)
@@ -126,7 +126,7 @@ def plan(source: Source, packing: Packing) -> Plan:
     return Plan(model, config, made, merged)
 
 
-def _skeleton(source: Source) -> PreTrainedModel:
+def skeleton(source: Source) -> PreTrainedModel:
     """The model of a source's configuration, on the meta device: no weight is allocated."""
     family = str(source.config.get("model_type") or "")
     if family not in CONFIG_MAPPING:
@@ -145,7 +145,7 @@ def _skeleton(source: Source) -> PreTrainedModel:
         ) from error
 
 
-def _targets(names: Iterable[str], model: PreTrainedModel) -> dict[str, _Target]:
+def targets_of(names: Iterable[str], model: PreTrainedModel) -> dict[str, Target]:
     """Where transformers would put tensors of these names; one that the model has no place for is left out.
 
     The steps are those of `transformers.core_model_loading.convert_and_load_state_dict_in_model`.
@@ -167,12 +167,12 @@ def _targets(names: Iterable[str], model: PreTrainedModel) -> dict[str, _Target]
                 if converter
                 else [renamed]
             )
-            found[name] = _Target(tuple(made), converter is not None)
+            found[name] = Target(tuple(made), converter is not None)
     return {name: found[name] for name in names if name in found}
 
 
 def _refuse_incomplete(
-    source: Source, model: PreTrainedModel, tied: Mapping[str, str], targets: Mapping[str, _Target]
+    source: Source, model: PreTrainedModel, tied: Mapping[str, str], targets: Mapping[str, Target]
 ) -> None:
     """Refuse a checkpoint that lacks a weight, or has one of another shape."""
     places = model.state_dict()
@@ -203,7 +203,7 @@ def _refuse_incomplete(
 
 
 def _outputs(
-    source: Source, model: PreTrainedModel, tied: Mapping[str, str], targets: Mapping[str, _Target]
+    source: Source, model: PreTrainedModel, tied: Mapping[str, str], targets: Mapping[str, Target]
 ) -> dict[str, list[Output]]:
     """What is made of each tensor: itself in the precision that the model keeps it in, or packed, or both."""
     outputs: dict[str, list[Output]] = {}
@@ -257,7 +257,7 @@ def _dtypes(model: PreTrainedModel) -> Callable[[str], torch.dtype]:
     return dtype_of
 
 
-def _astray(made: Mapping[str, list[Output]], targets: Mapping[str, _Target], model: PreTrainedModel) -> str:
+def _astray(made: Mapping[str, list[Output]], targets: Mapping[str, Target], model: PreTrainedModel) -> str:
     """A layer that would not find its tensor when the new folder is loaded; empty where all do."""
     wanted = {}
     for name, outputs in made.items():
@@ -266,13 +266,13 @@ def _astray(made: Mapping[str, list[Output]], targets: Mapping[str, _Target], mo
                 wanted[output.name] = output.target
                 if isinstance(output.form, Format):
                     wanted[f"{output.name}_scale"] = f"{output.target}_scale"
-    found = _targets(wanted, model)
+    found = targets_of(wanted, model)
     return next((target for name, target in wanted.items() if name not in found or found[name].names != (target,)), "")
 
 
 def _as_stored(source: Source, model: PreTrainedModel, packing: Packing) -> LowBitConfig:
     """The configuration in which every layer keeps the form that its tensor has in the source."""
-    origin = {name: tensor for tensor, to in _targets(source.tensors, model).items() for name in to.names}
+    origin = {name: tensor for tensor, to in targets_of(source.tensors, model).items() for name in to.names}
     formats = {}
     for path in (name for name, module in model.named_modules() if type(module) is nn.Linear):
         weight = f"{path}.weight"

@@ -72,12 +72,13 @@ def pack(source: Source, wanted: Mapping[Path, Packing], report: Progress) -> li
     return [results[folder] for folder in wanted]
 
 
-def require_room(sizes: Mapping[Path, int], name: str) -> None:
+def require_room(sizes: Mapping[Path, int], name: str, doing: str = "Packing") -> None:
     """Refuse work for which the disk has no room.
 
     Args:
         sizes: folder that is to be written -> its bytes; all on one file system.
         name: whose work it is, for the sentence.
+        doing: what the work is, for the sentence.
 
     Raises:
         ModelError: how much it needs and how much is free.
@@ -89,7 +90,7 @@ def require_room(sizes: Mapping[Path, int], name: str) -> None:
     if need > free:
         scale, unit = (1e9, "GB") if need >= 1e8 else (1e6, "MB")
         raise ModelError(
-            f"Packing {name} needs {need / scale:.1f} {unit} in {folder}, {free / scale:.1f} {unit} are free.",
+            f"{doing} {name} needs {need / scale:.1f} {unit} in {folder}, {free / scale:.1f} {unit} are free.",
             "Delete what you no longer need, or set `home` to a folder on a larger disk.",
         )
 
