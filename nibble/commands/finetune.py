@@ -14,7 +14,7 @@ from nibble.data.looking import open_encoder
 from nibble.data.store import NotHere
 from nibble.jobs import run_foreground
 from nibble.jobs.progress import duration, size
-from nibble.training.order import order_from
+from nibble.training.order import order_from, prepare_libraries
 from nibble.training.recipe import NAMES, Recipe, from_spec, read_spec
 
 SETTINGS = ["home", "device"]
@@ -46,6 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, settings: Settings) -> None:
     """Train, and say what there is now."""
+    prepare_libraries()
     spec = read_spec(arguments.run) if arguments.run else {}
     spec |= {name: getattr(arguments, name) for name in NAMES if getattr(arguments, name) is not None}
     if isinstance(spec.get("columns"), str):

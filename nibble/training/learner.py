@@ -12,16 +12,15 @@ from typing import Any
 
 import peft
 import torch
-from transformers import AutoTokenizer
 
-from nibble.checkpoint import CONTEXT_KEYS, read_config
+from nibble.checkpoint import read_config
+from nibble.data.looking import open_encoder
 from nibble.data.render import Encoder, padding_id
 from nibble.devices import Device
 from nibble.errors import DeviceError, ModelError, NibbleError
 from nibble.library import GUIDE, GUIDE_FOLDER
 from nibble.lowbit import attention
 from nibble.lowbit.linear import LowBitLinear
-from nibble.prompts import choose_template
 from nibble.qlora import quicken
 from nibble.training import targets
 from nibble.training.loss import frugal
@@ -75,25 +74,15 @@ def open_reader(folder: Path, max_length: int, *, trusted: bool = False) -> Read
         ModelError: there is none that can be loaded.
         DataError: it has no token to pad with.
     """
-    config = read_config(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
-    except Exception as error:  # noqa: BLE001 - a foreign folder can make transformers raise anything
-        raise ModelError(
-            f"The tokenizer of {folder.name} could not be loaded: {_first_line(error)}",
-            "Check that the folder is whole.",
-        ) from error
-    family = str(config.get("model_type", ""))
-    names = [model_name(folder), folder.name, str(config.get("_name_or_path", ""))]
+    encoder = open_encoder(folder, max_length, trusted=trusted)
     notes = []
-    text = config.get("text_config")
-    text = text if isinstance(text, dict) else config
-    context = next((text[key] for key in CONTEXT_KEYS if type(text.get(key)) is int), max_length)
-    if context < max_length:
-        notes.append(f"max_length is {max_length}; {model_name(folder)} sees {context} tokens, and so do the samples.")
-    template = choose_template(tokenizer, family, names)
-    encoder = Encoder(tokenizer, template, min(context, max_length))
-    return Reader(model_name(folder), folder, tokenizer, encoder, padding_id(tokenizer), family, notes)
+    if encoder.max_length and encoder.max_length < max_length:
+        sees = f"{model_name(folder)} sees {encoder.max_length} tokens, and so do the samples."
+        notes.append(f"max_length is {max_length}; {sees}")
+    family = str(read_config(folder).get("model_type", ""))
+    return Reader(
+        model_name(folder), folder, encoder.tokenizer, encoder, padding_id(encoder.tokenizer), family, notes
+    )  # fmt: skip
 
 
 def arithmetic(recipe: Recipe, device: Device) -> tuple[torch.dtype, list[str]]:
@@ -197,7 +186,3 @@ def out_of_memory(recipe: Recipe, kind: str) -> NibbleError:
 def with_dtype(device: Device, dtype: torch.dtype) -> Device:
     """The same device, computing in this dtype."""
     return replace(device, dtype=str(dtype).removeprefix("torch."))
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
