@@ -65,7 +65,8 @@ def build(frame: Frame, host: Host, operator: Operator, settings: Settings) -> C
 
     async def back(request: gr.Request) -> Changes:
         """The tab was chosen again: models may have come and gone."""
-        return wiring.greeted(visitor_from(request)) | (await drawer.enter() if drawer else {})
+        visitor = visitor_from(request)
+        return wiring.greeted(visitor) | await wiring.worn(visitor) | (await drawer.enter() if drawer else {})
 
     frame.page.load(enter, widgets.remembered, outputs, js=RECALL, **PRIVATE)
     frame.tab.select(back, None, outputs, **PRIVATE)

@@ -23,6 +23,7 @@ from nibble.chats import ChatStore, Conversation, Entry, Turn
 from nibble.config import Settings
 from nibble.engines.base import Chunk, Message, Sampling
 from nibble.errors import NibbleError
+from nibble.library import has_adapter
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,12 @@ class Host(operator.Host, Protocol):
     def close(self) -> None: ...
 
     def astream(
-        self, messages: Sequence[Message], sampling: Sampling, stop: threading.Event, visitor: str | None = None
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        stop: threading.Event,
+        visitor: str | None = None,
+        adapter: str = "",
     ) -> AsyncIterator[Chunk]: ...
 
 
@@ -104,6 +110,23 @@ class Desk:
         self.stop(visitor)
         await asyncio.to_thread(self._store.delete, visitor.owner, conversation.id)
         return await self.enter(visitor)
+
+    def adapter(self, visitor: Visitor) -> str:
+        """Name of the adapter that the model wears in the conversation that is open; empty where it wears none."""
+        here = self._open.get(visitor.session)
+        return here.adapter if here else ""
+
+    async def wear(self, visitor: Visitor, adapter: str) -> Conversation:
+        """From now on the model wears this adapter in the conversation that is open; empty is none.
+
+        Raises:
+            NibbleError: its answer is being written.
+        """
+        conversation = await self._fresh(visitor)
+        conversation.adapter = adapter
+        if conversation.revision:
+            await asyncio.to_thread(self._keep, visitor, conversation)
+        return conversation
 
     def leave(self, session: str) -> None:
         """The page was closed: end the answer that it was reading."""
@@ -220,8 +243,9 @@ class Desk:
             await asyncio.to_thread(self._keep_quietly, visitor, conversation)
             question = messages(conversation)
             conversation.turns = [*turns, answer]
+            self._dress(visitor, conversation, answer, form.adapter)
             yield Progress(conversation, visitor.say("reading"))
-            stream = self.host.astream(question, sampling, writing.stop, visitor.owner)
+            stream = self.host.astream(question, sampling, writing.stop, visitor.owner, answer.adapter)
             async with aclosing(stream) as chunks:  # type: ignore[type-var]
                 async for chunk in chunks:
                     self._take(answer, chunk)
@@ -237,6 +261,16 @@ class Desk:
             del self._writings[key]
             self._keep_quietly(visitor, conversation)
         yield Progress(conversation)
+
+    def _dress(self, visitor: Visitor, conversation: Conversation, answer: Turn, adapter: str | None) -> None:
+        """Settle what the model wears: what the form says, else the conversation's own where that is still there."""
+        if adapter is not None:
+            if adapter and self._settings.public:
+                raise NibbleError(visitor.say("no_adapter", name=adapter))
+            conversation.adapter = adapter
+        elif conversation.adapter and not has_adapter(conversation.adapter, self._settings.home_folder):
+            answer.lost_adapter, conversation.adapter = conversation.adapter, ""
+        answer.adapter = conversation.adapter
 
     def _take(self, answer: Turn, chunk: Chunk) -> None:
         answer.content = answer.content + chunk.text if chunk.full_text is None else chunk.full_text

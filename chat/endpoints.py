@@ -34,13 +34,17 @@ def build_endpoints(desk: Desk) -> None:
         repetition_penalty: float | None = None,
         seed: int | None = None,
         system_prompt: str | None = None,
+        adapter: str = "",
     ) -> AsyncIterator[str]:
-        """Answer a message in the session's conversation; yields the growing answer. None is the model's own."""
+        """Answer a message in the session's conversation; yields the growing answer. None is the model's own.
+
+        `adapter` is the name of one that was trained on the loaded model; empty is none.
+        """
         visitor = visitor_from(request)
         numbers = (max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
         told, error = "", ""
         try:
-            form = form_from(visitor, numbers, system_prompt)
+            form = form_from(visitor, numbers, system_prompt, adapter)
             async with aclosing(desk.say(visitor, message, form)) as steps:
                 async for progress in steps:
                     error = progress.conversation.turns[-1].error

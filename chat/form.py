@@ -12,27 +12,31 @@ from dataclasses import fields
 from chat.talk import MOST_CHARACTERS, Form, Visitor
 from nibble.engines.base import Sampling
 from nibble.errors import NibbleError
+from nibble.library import NAME
 
 WHOLE = ("max_new_tokens", "top_k", "seed")
 """Fields of Sampling that are whole numbers."""
 
 
-def form_from(visitor: Visitor, numbers: Sequence[object], system: object) -> Form:
+def form_from(visitor: Visitor, numbers: Sequence[object], system: object, adapter: object = None) -> Form:
     """The form that these values make.
 
     Args:
         visitor: in whose language a refusal is said.
         numbers: one for each field of `Sampling`, in its order: a number, text, or None or empty for the model's own.
         system: the system prompt; None leaves the conversation's own.
+        adapter: the name of an adapter; None leaves the conversation's own.
 
     Raises:
         NibbleError: a value that is no number or outside its range, by the field's name.
     """
     if system is not None and (not isinstance(system, str) or len(system) > MOST_CHARACTERS):
         raise NibbleError(visitor.say("not_text"))
+    if adapter is not None and not (isinstance(adapter, str) and (not adapter or NAME.fullmatch(adapter))):
+        raise NibbleError(visitor.say("no_adapter", name=str(adapter)[:80]))
     names = [item.name for item in fields(Sampling)]
     values = {name: _number(visitor, name, value) for name, value in zip(names, numbers, strict=True)}
-    return Form(Sampling(**values), system)  # type: ignore[arg-type]
+    return Form(Sampling(**values), system, adapter)  # type: ignore[arg-type]
 
 
 def _number(visitor: Visitor, name: str, value: object) -> int | float | None:

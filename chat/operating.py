@@ -34,7 +34,10 @@ class ModelWiring:
 
     def wire(self) -> None:
         """Attach every handler."""
-        outputs = [self.w.report, self.w.load, self.w.unload, self._page.w.conversation, self._page.status]
+        self._page.adapters = self.operator.wearable
+        outputs = [
+            self.w.report, self.w.load, self.w.unload, self.w.adapter, self._page.w.conversation, self._page.status,
+        ]  # fmt: skip
         self.w.load.click(self.load, self.shown, outputs, **PRIVATE)
         self.w.unload.click(self.unload, None, outputs, **PRIVATE)
 
@@ -61,13 +64,14 @@ class ModelWiring:
             said = visitor.say("loaded", model=info.model, format=info.format, device=info.device, seconds=info.load_s)
         except Exception as error:  # noqa: BLE001 - the border of the page: the buttons must come back
             said = sentence(error, visitor.language)
-        yield self._busy(False, escape(said)) | self._page.greeted(visitor)
+        yield self._busy(False, escape(said)) | self._page.greeted(visitor) | await self._page.worn(visitor)
 
     async def unload(self, request: gr.Request) -> Changes:
         """The button Unload."""
         visitor = visitor_from(request)
         await self.operator.unload()
-        return self._busy(False, visitor.say("unloaded")) | self._page.greeted(visitor)
+        said = self._busy(False, visitor.say("unloaded")) | self._page.greeted(visitor)
+        return said | await self._page.worn(visitor)
 
     def _busy(self, busy: bool, said: str) -> Changes:
         button = gr.update(interactive=not busy)

@@ -43,6 +43,8 @@ class Form:
     sampling: Sampling = field(default_factory=Sampling)
     system: str | None = None
     """System prompt; None leaves the conversation's own."""
+    adapter: str | None = None
+    """Name of the adapter that the model wears; None leaves the conversation's own."""
 
 
 @dataclass(frozen=True)

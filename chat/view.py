@@ -99,11 +99,22 @@ def notices(turn: Turn, before: Turn | None, language: Language) -> list[str]:
     """What a reader must know of an answer beside its text: the context was cut, another model speaks."""
     said = []
     # A turn that failed early knows no model.
-    if before and turn.model and before.model and (turn.model, turn.format) != (before.model, before.format):
-        said.append(WORDS.say("switched", language, model=turn.model, format=turn.format))
+    if turn.lost_adapter:
+        said.append(WORDS.say("lost_adapter", language, name=turn.lost_adapter))
+    if before and turn.model and before.model and _speaker(turn) != _speaker(before):
+        said.append(WORDS.say("switched", language, model=dressed(turn.model, turn.adapter), format=turn.format))
     if turn.dropped_turns:
         said.append(WORDS.say("cut", language, value=turn.dropped_turns))
     return said
+
+
+def _speaker(turn: Turn) -> tuple[str, str, str]:
+    return (turn.model, turn.format, turn.adapter)
+
+
+def dressed(model: str, adapter: str) -> str:
+    """What to call a model that wears an adapter, or none."""
+    return f"{model} + {adapter}" if adapter else model
 
 
 def stats(turn: Turn, language: Language) -> str:
@@ -145,6 +156,8 @@ class Standing:
     """Why the last load failed."""
     waiting: int
     """Answers being written or in line."""
+    adapter: str = ""
+    """What the model wears in the conversation that is open."""
 
 
 def status_line(standing: Standing, language: Language) -> str:
@@ -156,7 +169,8 @@ def status_line(standing: Standing, language: Language) -> str:
         parts = [WORDS.say("state_failed" if standing.sentence else "state_empty", language)]
     else:
         queue = WORDS.say("queue_busy" if standing.waiting else "queue_free", language, value=standing.waiting)
-        parts = [info.model, info.format, f"{info.device} {info.dtype}", memory(info.memory_bytes), queue]
+        speaker, where = dressed(info.model, standing.adapter), f"{info.device} {info.dtype}"
+        parts = [speaker, info.format, where, memory(info.memory_bytes), queue]
     why = [standing.sentence]
     if info is not None:
         why += [f"{info.reason}.", WORDS.say("kernel", language, value=info.kernel) if info.kernel else ""]

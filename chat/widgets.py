@@ -31,6 +31,8 @@ class ModelWidgets:
     device: gr.Dropdown
     load: gr.Button
     unload: gr.Button
+    adapter: gr.Dropdown
+    """What the model wears in the conversation that is open."""
     report: gr.Markdown
 
 
@@ -115,8 +117,9 @@ def _model(i18n: gr.I18n) -> ModelWidgets:
         with gr.Row(elem_classes="tools"):
             load = gr.Button(i18n("load"), variant="primary", size="sm", elem_id="load")
             unload = gr.Button(i18n("unload"), size="sm", elem_classes="plain", elem_id="unload")
+        adapter = gr.Dropdown([], label=i18n("adapter"), info=i18n("adapter_info"), elem_id="adapter", interactive=True)
         report = gr.Markdown(elem_id="model-report", sanitize_html=True)
-    return ModelWidgets(name, low_bit, device, load, unload, report)
+    return ModelWidgets(name, low_bit, device, load, unload, adapter, report)
 
 
 def fixed_words() -> dict[str, dict[str, str]]:

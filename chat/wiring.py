@@ -57,6 +57,10 @@ class Wiring:
         self.status = status
         self.fields = [widgets.system, *widgets.sampling]
         self.outputs = [widgets.conversation, widgets.message, widgets.chats, widgets.system, status]
+        self.adapters: Callable[[], list[str]] = list
+        """Names of the adapters that the loaded model may wear; an operator's page knows them."""
+        if widgets.model:
+            self.outputs.append(widgets.model.adapter)
 
     def wire(self) -> None:
         """Attach every handler."""
@@ -78,6 +82,8 @@ class Wiring:
         for button, export in ((w.markdown, self.markdown), (w.json, self.json)):
             button.click(export, None, w.file, **PRIVATE).then(None, w.file, None, js=SAVE_FILE, **PRIVATE)
         w.chats.change(None, w.chats, None, js=REMEMBER, **PRIVATE)
+        if w.model:
+            w.model.adapter.input(self.wear, w.model.adapter, **once)
         gr.Timer(STATUS_S).tick(self.tick, None, self.status, queue=False, **PRIVATE)
 
     # What the page shows.
@@ -89,7 +95,9 @@ class Wiring:
     def standing(self, visitor: Visitor) -> str:
         """The line over the tabs."""
         host = self.desk.host
-        return status_line(Standing(host.state, host.info, host.loading, host.sentence, host.waiting), visitor.language)
+        adapter = self.desk.adapter(visitor)
+        standing = Standing(host.state, host.info, host.loading, host.sentence, host.waiting, adapter)
+        return status_line(standing, visitor.language)
 
     def button(self, writing: bool, **more: Any) -> Changes:
         """The one button: Stop while an answer is being written, else Send."""
@@ -116,7 +124,16 @@ class Wiring:
         changes[self.w.conversation] |= self.greeted(visitor)[self.w.conversation]
         changes[self.w.conversation] |= {"examples": [{"text": text} for text in EXAMPLES[visitor.language]]}
         changes |= self.button(writing) | await self.shelf(visitor, conversation)
-        return changes | {self.w.system: conversation.system}
+        return changes | {self.w.system: conversation.system} | await self.worn(visitor)
+
+    async def worn(self, visitor: Visitor) -> Changes:
+        """Which adapters there are for the loaded model, and which of them it wears in the open conversation."""
+        if not self.w.model:
+            return {}
+        names, here = await asyncio.to_thread(self.adapters), self.desk.adapter(visitor)
+        # One that belongs to another model stays chosen, so that a person sees why the answer is a refusal.
+        shown = [(visitor.say("adapter_none"), ""), *((name, name) for name in dict.fromkeys([*names, here]) if name)]
+        return {self.w.model.adapter: gr.update(choices=shown, value=here)}
 
     # What a visitor does.
 
@@ -212,6 +229,15 @@ class Wiring:
         except NibbleError as error:
             gr.Warning(escape(str(error)))
             return await self.scene(visitor, await self.desk.enter(visitor))
+
+    async def wear(self, request: gr.Request, adapter: str | None) -> Changes:
+        """An adapter was chosen, or none."""
+        visitor = visitor_from(request)
+        try:
+            await self.desk.wear(visitor, adapter or "")
+        except NibbleError as error:
+            gr.Warning(escape(str(error)))
+        return await self.worn(visitor) | {self.status: self.standing(visitor)}
 
     async def delete(self, request: gr.Request) -> Changes:
         """The open conversation is to be deleted."""

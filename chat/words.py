@@ -27,6 +27,12 @@ WORDS = Words(
         "device": ("Device", "设备"),
         "load": ("Load", "加载"),
         "unload": ("Unload", "卸载"),
+        "adapter": ("Adapter in this chat", "此对话使用的适配器"),
+        "adapter_info": (
+            "what the loaded model was taught; nothing is loaded anew",
+            "由已加载的模型微调得到，切换时无需重新加载",
+        ),
+        "adapter_none": ("none: the model as it is", "不使用：模型本身"),
         "system_prompt": ("System prompt", "系统提示词"),
         "system_placeholder": ("none: the model answers as it was trained", "空：按模型本来的方式回答"),
         "sampling": ("Sampling", "采样参数"),
@@ -66,6 +72,11 @@ WORDS = Words(
             "The conversation no longer fits into the model's context. Oldest turns left out: {value}.",
             "对话超出模型的上下文，最早的 {value} 轮未参与回答。",
         ),
+        "lost_adapter": (
+            "The adapter {name} is not here any more; the model answers without it.",
+            "适配器 {name} 已不存在，由模型本身回答。",
+        ),
+        "no_adapter": ("There is no adapter {name!r} to choose here.", "这里没有可选的适配器 {name!r}。"),
         "switched": ("From here on {model} ({format}) answers.", "从这里起由 {model}（{format}）回答。"),
         "failed": ("{error}", "出错了：{error}"),
         "died": (

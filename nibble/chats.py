@@ -43,6 +43,10 @@ class Turn:
     content: str
     model: str = ""
     format: str = ""
+    adapter: str = ""
+    """What the model wore."""
+    lost_adapter: str = ""
+    """What it was to wear, and what was not there any more."""
     sampling: dict[str, float | None] = field(default_factory=dict)
     """Fields of `Sampling` that were set."""
     tokens: int = 0
@@ -67,6 +71,8 @@ class Conversation:
     title: str = ""
     """What its owner called it; empty takes the first line said."""
     system: str = ""
+    adapter: str = ""
+    """Name of the adapter that the model wears in it; empty is none."""
     turns: list[Turn] = field(default_factory=list)
     created: float = field(default_factory=time.time)
     """Seconds since 1970."""
@@ -239,7 +245,13 @@ def _conversation(value: Any) -> Conversation:
     """
     turns = [Turn(**_known(Turn, turn)) for turn in value["turns"]]
     chat = Conversation(**{**_known(Conversation, value), "turns": turns})
-    texts = [chat.id, chat.title, chat.system, *(text for turn in turns for text in (turn.content, turn.error))]
+    texts = [
+        chat.id,
+        chat.title,
+        chat.system,
+        chat.adapter,
+        *(text for turn in turns for text in (turn.content, turn.error)),
+    ]
     numbers = [chat.created, chat.updated, chat.revision]
     if not all(isinstance(text, str) for text in texts) or not all(
         isinstance(number, (int, float)) for number in numbers

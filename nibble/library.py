@@ -129,6 +129,7 @@ def _named(root: Path) -> list[tuple[str, Path]]:
 
 def _judge_adapter(folder: Path, name: str) -> ModelCard:
     config = check_adapter(folder)
+    said = publish.read_manifest(folder).get("base")
     weights = folder / "adapter_model.safetensors"
     return ModelCard(
         name=name,
@@ -139,7 +140,7 @@ def _judge_adapter(folder: Path, name: str) -> ModelCard:
         size_bytes=weights.stat().st_size,
         context=0,
         kind="adapter",
-        base=str(config.get("base_model_name_or_path") or ""),
+        base=str((said.get("name") if isinstance(said, dict) else "") or config.get("base_model_name_or_path") or ""),
     )
 
 
@@ -184,6 +185,11 @@ def find(name: str, home: Path, *, paths: bool = False) -> Path:
     )
 
 
+def has_adapter(name: str, home: Path) -> bool:
+    """Whether there is an adapter of that name."""
+    return bool(NAME.fullmatch(name)) and (home / ADAPTERS / name).is_dir()
+
+
 def find_adapter(name: str, home: Path, *, paths: bool = False) -> Path:
     """The folder that an adapter's name leads to.
 
@@ -195,7 +201,7 @@ def find_adapter(name: str, home: Path, *, paths: bool = False) -> Path:
     Raises:
         ModelError: nothing of that name; the hint lists the names that there are.
     """
-    if NAME.fullmatch(name) and (home / ADAPTERS / name).is_dir():
+    if has_adapter(name, home):
         return home / ADAPTERS / name
     folder = _as_path(name) if paths else None
     if folder is not None:

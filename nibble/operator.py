@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from nibble import jobs, library, probe
+from nibble import jobs, library, probe, publish
 from nibble.config import Settings
 from nibble.engines.base import EngineInfo
 from nibble.engines.bigdl import judge, models
@@ -215,7 +215,7 @@ class Operator(Tuning):
         return self.host.info.model if self.host.info else ""
 
     async def load(self, name: str, low_bit: str = "", device: str = "") -> EngineInfo:
-        """Load a model by its name; empty takes the server's settings.
+        """Load a model by its name, or the one that an adapter of that name belongs to; empty takes the settings.
 
         Raises:
             NibbleError: there is no such model, format or device, or it cannot be loaded.
@@ -224,8 +224,20 @@ class Operator(Tuning):
         own = self._own()
         if own is not None and name == own.name:
             return await self.host.load(str(own), low_bit, device, paths=True)
-        library.find(name, self.home)
+        if not library.has_adapter(name, self.home):
+            library.find(name, self.home)
         return await self.host.load(name, low_bit, device)
+
+    def wearable(self) -> list[str]:
+        """Adapters for the model that answers, by what they say of their base; the engine looks at the weights."""
+        if not self.answering:
+            return []
+        try:
+            source = publish.read_manifest(self._folder(self.answering)).get("source")
+        except ModelError:  # taken out of the library since
+            source = None
+        cards = [self._plain(card) for card in library.adapters(self.home) if not card.problem]
+        return [card["name"] for card in cards if card["base"] in (self.answering, source)]
 
     async def unload(self) -> None:
         """Let the model go, and the memory with it."""

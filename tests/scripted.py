@@ -56,6 +56,7 @@ class ScriptedHost:
         self.waiting = 0
         self.asked: list[Sequence[Message]] = []
         self.samplings: list[Sampling] = []
+        self.worn: list[str] = []
         self.closed = False
 
     async def load(self, name: str, low_bit: str = "", device: str = "", *, paths: bool = False) -> EngineInfo:
@@ -86,11 +87,17 @@ class ScriptedHost:
         return [word + " " for word in f"You said: {question} . That is what I heard".split(" ")]
 
     async def astream(
-        self, messages: Sequence[Message], sampling: Sampling, stop: threading.Event, visitor: str | None = None
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        stop: threading.Event,
+        visitor: str | None = None,
+        adapter: str = "",
     ) -> AsyncGenerator[Chunk, None]:
         """As `ModelHost.astream`."""
         self.asked.append(messages)
         self.samplings.append(sampling)
+        self.worn.append(adapter)
         self.waiting += 1
         question, started, tokens = messages[-1]["content"], time.monotonic(), 0
         try:

@@ -10,6 +10,7 @@ import pytest
 from chat.desk import Desk
 from chat.form import form_from
 from chat.talk import Form, Progress, Visitor, messages, within
+from chat.view import notices
 from nibble.chats import ChatGone, Conversation, Turn
 from nibble.config import Settings
 from nibble.engines.base import Sampling
@@ -188,3 +189,49 @@ def test_a_chat_that_cannot_be_saved_is_answered_all_the_same(tmp_path: Path, ca
     assert [turn.role for turn in turns] == ["user", "assistant"]
     assert turns[1].content and not turns[1].error
     assert "was not saved" in caplog.text
+
+
+def test_each_conversation_has_its_own_adapter(desk: Desk, tmp_path: Path) -> None:
+    (tmp_path / "adapters" / "mine").mkdir(parents=True)
+
+    async def work() -> None:
+        first = (await say(desk, ANNA, "one")).conversation
+        await desk.wear(ANNA, "mine")
+        assert desk.adapter(ANNA) == "mine"
+        await say(desk, ANNA, "two")
+        desk.begin(ANNA)
+        await say(desk, ANNA, "three")
+        # After a restart the first one still wears it.
+        again = Desk(desk.host, Settings(home=str(tmp_path)))
+        assert (await again.open(ANNA, first.id)).adapter == "mine"
+        turns = (await say(again, ANNA, "four")).conversation.turns
+        assert [turn.adapter for turn in turns if turn.role == "assistant"] == ["", "mine", "mine"]
+        assert notices(turns[3], turns[1], "en") == ["From here on guide + mine (sym_int4) answers."]
+
+    run(work)
+    assert desk.host.worn == ["", "mine", "", "mine"]
+
+
+def test_an_adapter_that_is_gone_is_told_and_the_model_answers(desk: Desk) -> None:
+    async def work() -> None:
+        await desk.wear(ANNA, "gone")
+        answer = (await say(desk, ANNA, "one")).conversation.turns[-1]
+        assert (answer.lost_adapter, answer.adapter, answer.error) == ("gone", "", "")
+        assert "gone is not here any more" in notices(answer, None, "en")[0]
+        assert not (await say(desk, ANNA, "two")).conversation.turns[-1].lost_adapter
+
+    run(work)
+    assert desk.host.worn == ["", ""]
+
+
+def test_strangers_choose_no_adapter(tmp_path: Path) -> None:
+    desk = Desk(ScriptedHost(pause=0), Settings(home=str(tmp_path), public=True))
+
+    async def work() -> None:
+        async for progress in desk.say(SCRIPT, "hello", form_from(SCRIPT, [None] * 6, None, "mine")):
+            last = progress
+        assert "no adapter" in last.conversation.turns[-1].error
+
+    run(work)
+    with pytest.raises(NibbleError, match="no adapter"):
+        form_from(SCRIPT, [None] * 6, None, "../mine")
