@@ -319,3 +319,34 @@ def test_memory_is_flat(kind: str, tmp_path: Path) -> None:
     print(f"{kind}: {path.stat().st_size / 2**20:.0f} MiB read, peak {peak_mib} MiB")
     assert ok == "True" and int(usable) == count
     assert int(peak_mib) < 90
+
+
+@pytest.mark.parametrize(
+    ("codec", "text", "name"),
+    [
+        ("gb18030", "把下面的句子改得更有礼貌。", "GBK"),
+        ("cp1252", "Größe und Maß, être humain", "WINDOWS-1252"),
+        ("shift_jis", "これは何ですか", "SHIFT-JIS"),
+        ("euc_kr", "이것은 무엇입니까", "EUC-KR"),
+        ("big5", "麻煩您把窗戶關上，好嗎？", ""),
+        ("koi8-r", "что это такое", ""),
+        ("cp1251", "книга на столе", ""),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_foreign_encoding_is_named_only_where_it_is_sure(
+    codec: str, text: str, name: str, kind: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"set.{kind}"
+    path.write_bytes({"jsonl": f'{{"text": "{text}"}}\n', "csv": f"text\n{text}\n"}[kind].encode(codec))
+    (problem,) = check(path).problems
+    assert (f"iconv -f {name} " in problem.hint) if name else ("iconv" not in problem.hint and "UTF-8" in problem.hint)
+    assert f"Line {2 if kind == 'csv' else 1} of" in problem.message
+
+
+@pytest.mark.parametrize("codec", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("kind", WRITERS)
+def test_marked_encodings_are_read(codec: str, kind: str, tmp_path: Path) -> None:
+    path = WRITERS[kind](tmp_path / f"set.{kind}", [{"text": "半字节 ü"}])
+    path.write_bytes(path.read_text(encoding="utf-8").encode(codec))
+    assert [row.text for row in rows(path)] == ["半字节 ü"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nibble.errors import DataError
@@ -173,7 +173,10 @@ def _not_text(path: Path, line: int, error: UnicodeDecodeError, codec: str) -> D
     start = error.object.rfind(b"\n", 0, error.start) + 1
     name = _guess(error.object[start:].split(b"\n", 1)[0])
     if not name:
-        return DataError(f"Line {line} of {path.name} is not text in UTF-8.", "Save the file as UTF-8.")
+        return DataError(
+            f"Line {line} of {path.name} is not text in UTF-8.",
+            "Save it as UTF-8: in Excel as `CSV UTF-8`, in an editor with the encoding UTF-8.",
+        )
     return DataError(
         f"Line {line} of {path.name} is not UTF-8; the file looks like {name}.",
         f"Save it as UTF-8, for example: iconv -f {name} -t UTF-8 {path.name} > new{path.suffix}",
@@ -181,19 +184,52 @@ def _not_text(path: Path, line: int, error: UnicodeDecodeError, codec: str) -> D
 
 
 def _guess(data: bytes) -> str:
-    """The encoding in which some bytes that are not UTF-8 make the likeliest text; empty where none does."""
-    for codec, name, low, high in (
-        ("shift_jis", "SHIFT-JIS", 0x3040, 0x30FF),
-        ("gb18030", "GBK", 0x4E00, 0x9FFF),
-        ("cp1252", "WINDOWS-1252", 0xA0, 0x2122),
-    ):
+    """The encoding in which bytes that are not UTF-8 are surely text; empty where none is: a wrong name misleads."""
+    data = data[: 2**16]
+    for name, codec, sure in GUESSES:
         try:
-            text = codecs.getincrementaldecoder(codec)().decode(data[: 2**16])
+            text = codecs.getincrementaldecoder(codec)().decode(data)
         except UnicodeDecodeError:
             continue
-        foreign = [ord(character) for character in text if ord(character) > 0x7F]
-        inside = sum(low <= character <= high for character in foreign)
-        # Japanese mixes kana with other characters, so a smaller share of it tells.
-        if foreign and inside >= len(foreign) * (0.3 if name == "SHIFT-JIS" else 0.7):
+        if any(ord(character) > 0x7F for character in text) and sure(text):
             return name
     return ""
+
+
+def _share(text: str, inside: Callable[[str], bool]) -> float:
+    """Of the characters beyond ASCII, how many are of a kind."""
+    foreign = [character for character in text if ord(character) > 0x7F]
+    return sum(map(inside, foreign)) / len(foreign)
+
+
+def _kana(character: str) -> bool:
+    return "\u3040" <= character <= "\u30ff"
+
+
+def _hangul(character: str) -> bool:
+    return "\uac00" <= character <= "\ud7a3"
+
+
+def _common_chinese(character: str) -> bool:
+    """Whether a character is one of the 3,755 of GB 2312's first level, or Chinese punctuation."""
+    coded = character.encode("gbk", "replace")
+    return len(coded) == 2 and (0xB0 <= coded[0] <= 0xD7 and coded[1] >= 0xA1 or coded[0] in (0xA1, 0xA3))
+
+
+def _western(text: str) -> bool:
+    """Whether letters with marks stand thinly among plain ones."""
+    letters = [character for character in text if character.isalpha()]
+    foreign = [character for character in text if ord(character) > 0x7F]
+    marked = sum("\xc0" <= character <= "\xff" for character in foreign)
+    return len(foreign) < 0.4 * len(letters) and marked >= 0.7 * len(foreign)
+
+
+GUESSES: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
+    # Japanese mixes kana with other characters, so a smaller share of it tells.
+    ("SHIFT-JIS", "shift_jis", lambda text: _share(text, _kana) >= 0.3),
+    # Chinese read as Korean has Hangul too, but never so much of it.
+    ("EUC-KR", "euc_kr", lambda text: _share(text, _hangul) >= 0.97 and sum(map(_hangul, text)) >= 6),
+    ("GBK", "gb18030", lambda text: _share(text, _common_chinese) >= 0.7),
+    ("WINDOWS-1252", "cp1252", _western),
+)
+"""Name of an encoding, its codec, and what tells that a text was surely written in it; in this order."""
