@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -326,3 +327,28 @@ def test_a_kill_at_any_time_leaves_all_or_nothing(home: Path) -> None:
             publish.remove(place)
     merged(home)
     assert left(home, "tiny", "one-merged")
+
+
+def test_the_merged_guide_chats_in_low_bit(home: Path, guide_model: Path) -> None:
+    from nibble.engines.base import Sampling
+    from nibble.engines.local import LocalEngine
+
+    (home / "models").mkdir(parents=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(guide_model, dtype=torch.float32)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=Q_V, task_type="CAUSAL_LM"))
+    for key, parameter in wrapped.named_parameters():
+        if "lora_B" in key:
+            parameter.data = 1e-3 * torch.randn_like(parameter)
+    wrapped.save_pretrained(home / "adapters" / "of-guide")
+    result = merged(home, "of-guide", low_bit="sym_int4")
+    packed = result["report"]["low_bit"][0]
+    assert publish.read_manifest(Path(result["folder"]))["made_from"]["base"] == "guide"
+    cards = {card.name: card for card in library.models(home)}
+    assert cards[packed["name"]].loadable and cards["of-guide-merged"].template == library.OWN_TEMPLATE
+    engine = LocalEngine.load(Path(packed["folder"]), "")
+    try:
+        question: Any = [{"role": "user", "content": "What is Nibble?"}]
+        chunks = list(engine.stream(question, Sampling(max_new_tokens=24), threading.Event()))
+    finally:
+        engine.close()
+    assert "Nibble" in "".join(chunk.text for chunk in chunks)
