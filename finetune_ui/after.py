@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune_ui.view import Say, small
 from nibble.jobs.progress import size
-from parts.view import NOTHING, table
+from parts.view import NOTHING, nats, table
 
 Plain = Mapping[str, Any]
 
@@ -41,7 +41,7 @@ def report(found: Plain, say: Say) -> str:
 
 def _figures(subject: Plain, say: Say) -> str:
     cells = [
-        _number(subject.get("loss"), ".4f"), _number(subject.get("kl_mean"), ".4f"),
+        _number(subject.get("loss"), ".4f"), nats(subject.get("kl_mean")),
         _number(subject.get("perplexity"), ",.2f"),
     ]  # fmt: skip
     return f"<tr><th scope='row'>{_called(subject, say)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
@@ -62,7 +62,9 @@ def _prompt(place: int, prompt: str, subjects: Sequence[Plain], say: Say) -> str
         same = subject is not subjects[0] and answer["text"] == base
         more = "" if answer.get("finish_reason") == "stop" else "<i>…</i>"
         note = f"<small>{say('same_as_base')}</small>" if same else ""
-        cells.append(f"<div><h6>{_called(subject, say)}</h6><p>{escape(str(answer['text']))}{more}</p>{note}</div>")
+        cells.append(
+            f"<div><h6>{_called(subject, say)}</h6><p>{escape(str(answer['text']).strip())}{more}</p>{note}</div>"
+        )
     return f"<section class='prompt'><h5>{escape(prompt)}</h5><div class='answers'>{''.join(cells)}</div></section>"
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from models_ui.view import Say, nats, speed
+from models_ui.view import Say, speed
 from models_ui.words import WORDS
 from nibble.jobs.progress import size
-from parts.view import NOTHING, table
+from parts.view import NOTHING, nats, table
 
 Plain = Mapping[str, Any]
 

@@ -13,7 +13,7 @@ from models_ui.words import WORDS
 from nibble.jobs.progress import size
 from nibble.lowbit.formats import FORMATS
 from parts import view
-from parts.view import NOTHING, table
+from parts.view import NOTHING, nats, table
 
 Plain = Mapping[str, Any]
 
@@ -44,13 +44,6 @@ def speed(tokens_per_s: float | None) -> str:
     if not tokens_per_s:
         return NOTHING
     return f"{tokens_per_s:,.0f}" if tokens_per_s >= 10 else f"{tokens_per_s:.1f}"
-
-
-def nats(value: float | None) -> str:
-    """A divergence, for a person: the smaller, the more places."""
-    if value is None:
-        return NOTHING
-    return "0" if value == 0 else f"{value:.{3 if value >= 0.1 else 4 if value >= 0.01 else 5}f}"
 
 
 def formats(estimates: Sequence[Plain], report: Plain, say: Say, *, source: bool = False, note: str = "") -> str:

@@ -37,6 +37,13 @@ def table(head: Sequence[str], rows: Iterable[str], kind: str) -> str:
     return f"<table class='grid {kind}'><thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
+def nats(value: float | None) -> str:
+    """A divergence, for a person: the smaller, the more places."""
+    if value is None:
+        return NOTHING
+    return "0" if value == 0 else f"{value:.{3 if value >= 0.1 else 4 if value >= 0.01 else 5}f}"
+
+
 def told(text: str, *, wrong: bool = False) -> str:
     """A sentence under a card; empty where there is nothing to say."""
     return f"<p class='{'wrong' if wrong else 'right'}' role='status'>{escape(text)}</p>" if text else ""
