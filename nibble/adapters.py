@@ -82,9 +82,15 @@ class Adapter:
 
 
 def _matching(pattern: object, module: str, otherwise: Any) -> Any:
-    """The value of the first pattern that a module's path ends with, as PEFT matches them."""
+    """The value of the first pattern that a module's path ends with, as PEFT matches them.
+
+    Raises:
+        ModelError: a pattern is more than a name: as a regular expression a stranger's could run for ever.
+    """
     for key, value in pattern.items() if isinstance(pattern, Mapping) else ():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if not re.fullmatch(r"[\w.]+", key):
+            raise ModelError(f"The adapter has a pattern that is no module's name: {key[:60]!r}.", "Write names out.")
+        if f".{module}".endswith(f".{key}"):
             return value
     return otherwise
 

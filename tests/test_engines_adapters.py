@@ -1,5 +1,6 @@
 """Adapters on a loaded model: what PEFT would say, the base untouched, one conversation's adapter never another's."""
 
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,6 +127,21 @@ def test_one_of_another_model_is_refused(engine: LocalEngine, stories: Path, tmp
     with pytest.raises(ModelError, match="nibble merge whole"):
         ask(engine, whole)
     assert ask(engine)[0] == base
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [({"init_lora_weights": "pissa"}, "the base's own weights"), ({"alora_invocation_tokens": [5]}, "certain words"),
+     ({"alpha_pattern": {"(a+)+$": 1}}, "no module's name"), ({"peft_type": "IA3"}, "only LoRA")],
+)  # fmt: skip
+def test_what_would_be_put_on_wrongly_is_refused(
+    engine: LocalEngine, stories: Path, tmp_path: Path, said: dict, why: str
+) -> None:
+    folder = write_adapter(stories, tmp_path / "odd", 1)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **said}), encoding="utf-8")
+    with pytest.raises(ModelError, match=why):
+        ask(engine, folder)
 
 
 @pytest.mark.parametrize("low_bit", ["sym_int4", "nf4", "bf16"])

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from nibble.adapters import fingerprint
+from nibble.library import GUIDE_FOLDER
+from tests.support.adapters import make_adapter, sign
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -57,6 +61,37 @@ def test_the_guide_answers(home: Path, guide_model: Path) -> None:
     run = nibble("ask", "Which port does the page use?")
     assert run.returncode == 0, run.stderr
     assert "7860" in run.stdout
+
+
+@pytest.fixture
+def tuned(home: Path) -> Path:
+    """An adapter of the guide, and one of a model that is not here."""
+    folder = make_adapter(home / "adapters" / "tuned")
+    lost = Path(shutil.copytree(folder, home / "adapters" / "lost"))
+    sign(folder, "guide", fingerprint(GUIDE_FOLDER))
+    sign(lost, "somewhere", "0" * 64)
+    return folder
+
+
+def test_an_adapter_answers_on_its_base_and_is_listed_with_it(home: Path, tuned: Path) -> None:
+    told = ("What is nf4?", "--greedy", "--max-new-tokens", "8", "--json")
+    plain, other = (json.loads(nibble("ask", *told, *who).stdout)["answer"] for who in ((), ("--model", "tuned")))
+    assert other != plain
+    line = "What is nf4?\nstop\n"
+    chat = nibble("chat", "--adapter", "tuned", "--greedy", "--max-new-tokens", "8", stdin=line)
+    assert "guide + tuned" in chat.stdout
+    assert other in chat.stdout
+    listed = {card["name"]: card for card in json.loads(nibble("models", "--json").stdout)}
+    assert (listed["tuned"]["base"], listed["lost"]["base"]) == ("guide", "somewhere")
+    lines = nibble("models").stdout.splitlines()
+    assert any(line.split()[:3] == ["tuned", "guide", "LORA"] for line in lines)
+
+
+@pytest.mark.parametrize("who", [("--model", "lost"), ("--adapter", "none"), ("--model", "guide", "--adapter", "lost")])
+def test_an_adapter_that_cannot_answer_is_a_sentence(home: Path, tuned: Path, who: tuple[str, ...]) -> None:
+    run = nibble("ask", "What is nf4?", *who)
+    assert run.returncode == 1
+    assert "somewhere" in run.stderr or "no adapter 'none'" in run.stderr
 
 
 def test_models_lists_what_is_there(home: Path, stories: Path) -> None:

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     messages: list[Message] = [{"role": "system", "content": arguments.system}] if arguments.system else []
     messages.append({"role": "user", "content": question})
     # Looked up before torch is imported: a wrong name answers at once.
-    folder, adapter = find_both(settings, arguments.adapter)
+    folder, adapter = find_both(settings, arguments)
     engine = load_engine(settings, folder)
     try:
         pieces: list[str] = []

@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, settings: Settings) -> None:
     """Read lines until `stop` or the end of input; answer each with all that was said before in mind."""
     sampling = sampling_from(arguments)
-    folder, adapter = find_both(settings, arguments.adapter)
+    folder, adapter = find_both(settings, arguments)
     engine = load_engine(settings, folder)
     info = engine.info
     worn = f" + {Path(adapter).name}" if adapter else ""

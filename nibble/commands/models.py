@@ -1,4 +1,4 @@
-"""`nibble models`: the models on this machine, or what one of them will take in each format; as a table or as JSON."""
+"""`nibble models`: the models and adapters on this machine, or what a model takes in each format; a table, or JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from nibble import estimate, library, probe
+from nibble import adapters, estimate, library, probe
 from nibble.config import Settings
 from nibble.engines.bigdl import models
 from nibble.errors import DeviceError, NibbleError
@@ -21,6 +21,7 @@ from nibble.quality.kept import kept
 SETTINGS = ["home", "low_bit", "device"]
 
 COLUMNS = ("name", "family", "parameters", "format", "size", "context", "memory", "tokens/s", "KL", "problem")
+ADAPTER_COLUMNS = ("adapter", "base", "kind", "parameters", "size", "problem")
 FORMAT_COLUMNS = ("format", "on disk", "memory", "at its peak", "tokens/s", "fits now")
 
 
@@ -70,9 +71,16 @@ def _all(settings: Settings, *, as_json: bool) -> None:
             asdict(card) | {"folder": str(card.folder), "estimate": told and asdict(told), "quality": lost}
             for card, told, lost in cards
         ]
+        facts += [
+            asdict(card) | {"folder": str(card.folder), "base": _base(card), "estimate": None, "quality": None}
+            for card in library.adapters(settings.home_folder)
+        ]
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     _table([COLUMNS, *(_row(*entry) for entry in cards)])
+    if found := library.adapters(settings.home_folder):
+        print()
+        _table([ADAPTER_COLUMNS, *map(_adapter_row, found)])
     print(f"\nhome: {settings.home_folder}")
 
 
@@ -101,6 +109,20 @@ def _row(card: ModelCard, told: Estimate | None, lost: dict[str, Any] | None) ->
         card.name, card.family, _count(card.parameters), card.format, _size(card.size_bytes), f"{card.context:,}",
         _size(told.steady_bytes) if told else "-", _speed(told), f"{kl:.4f}" if isinstance(kl, float) else "-", "",
     )  # fmt: skip
+
+
+def _adapter_row(card: ModelCard) -> tuple[str, ...]:
+    if card.problem:
+        return (card.name, *["-"] * (len(ADAPTER_COLUMNS) - 2), card.problem)
+    return (card.name, _base(card), card.format, _count(card.parameters), _size(card.size_bytes), "")
+
+
+def _base(card: ModelCard) -> str:
+    """The model that an adapter was trained on."""
+    try:
+        return adapters.read(card.folder).base or "-"
+    except NibbleError:
+        return "-"
 
 
 def _format_row(row: Estimate) -> tuple[str, ...]:

@@ -52,21 +52,23 @@ def sampling_from(arguments: argparse.Namespace) -> Sampling:
         raise ConfigError(error.message, error.hint) from None
 
 
-def find_both(settings: Settings, adapter: str) -> tuple[Path, str]:
+def find_both(settings: Settings, arguments: argparse.Namespace) -> tuple[Path, str]:
     """The folders of the model that the settings name and of the adapter that it wears; the latter may be empty.
 
-    An adapter's name in the place of a model's leads to the model that it belongs to.
+    An adapter without a model, or its name in the place of a model's, leads to the model that it belongs to.
 
     Args:
         settings: what is set.
-        adapter: a name, or a folder; empty is none.
+        arguments: `adapter`, a name or a folder, and `model`, empty where that was left to the settings.
 
     Raises:
         ModelError: there is no such model or adapter, or the adapter belongs to none that is here.
     """
     home = settings.home_folder
-    if adapter:
-        return find(settings.model, home, paths=True), str(find_adapter(adapter, home, paths=True).resolve())
+    if arguments.adapter:
+        worn = find_adapter(arguments.adapter, home, paths=True)
+        model = find(settings.model, home, paths=True) if arguments.model else base_folder(read(worn), home, paths=True)
+        return model, str(worn.resolve())
     try:
         return find(settings.model, home, paths=True), ""
     except ModelError as error:

@@ -26,6 +26,9 @@ KEPT = 8
 PREFIX = "base_model.model."
 """Before the name of every tensor in an adapter's file."""
 
+PLAIN_STARTS = ("true", "false", "gaussian", "eva", "orthogonal")
+"""Ways to begin an adapter (`init_lora_weights`, in lower case) that leave the base as it is; PiSSA's do not."""
+
 ENDINGS = {".lora_A.weight": "down", ".lora_B.weight": "up", ".bias": "bias"}
 
 
@@ -106,6 +109,11 @@ def read_lora(adapter: Adapter, model: nn.Module) -> Lora:
     Raises:
         ModelError: something in it that cannot be put on a model while it answers, or does not fit.
     """
+    start = str(adapter.config.get("init_lora_weights", True))
+    if start.lower() not in PLAIN_STARTS:
+        raise _unusable(adapter, f"the base's own weights ({start[:40]})")
+    if adapter.config.get("alora_invocation_tokens"):
+        raise _unusable(adapter, "only what follows certain words")
     if adapter.method != "LORA" or adapter.config.get("use_dora"):
         kind = "DoRA" if adapter.config.get("use_dora") else adapter.method or "of no known kind"
         raise ModelError(f"{adapter.name} is {kind[:40]}; only LoRA is put on a model here.", "Merge it where PEFT is.")
