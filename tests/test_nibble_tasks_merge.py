@@ -189,6 +189,10 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda folder: edit(folder, lambda tensors: [each.mul_(1e-5) for each in tensors.values()] and None),
         "changes nothing that bf16 can hold",
     ),
+    "mostly below bf16's rounding": (
+        lambda folder: edit(folder, lambda tensors: [each.mul_(0.01) for each in tensors.values()] and None),
+        "changes next to nothing that bf16 can hold",
+    ),
     "not a number": (lambda folder: edit(folder, poison(float("nan"))), "not finite"),
     "infinite": (lambda folder: edit(folder, poison(float("inf"))), "not finite"),
     "beyond the dtype": (lambda folder: edit(folder, hugely), "not finite"),
@@ -294,6 +298,40 @@ def test_what_is_written_wrongly_is_noticed() -> None:
     assert compare(weight, one_step, change).strain > 1
     assert compare(weight, (weight.float() + 0.505 * left_side @ right).bfloat16(), change).strain > 1
     assert compare(weight, weight, change).strain > 1
+
+
+def test_a_change_that_is_mostly_lost_is_told(home: Path) -> None:
+    make_adapter(make_base(home), size=3e-5)
+    report = merged(home)["report"]
+    share = report["weights"]["total"]["share"]
+    assert 0.05 < share < 0.5, share
+    assert any("mostly lost in bf16" in line for line in report["sentences"])
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("model.norm.weight", "is no target of the adapter and differs"),
+        ("lm_head.weight", "is no target of the adapter and differs"),
+        ("model.layers.1.self_attn.v_proj.weight", "is off by"),
+    ],
+)
+def test_one_wrong_bit_in_the_files_is_found(
+    home: Path, monkeypatch: pytest.MonkeyPatch, where: str, words: str
+) -> None:
+    make_adapter(make_base(home))
+    add = shards.Writer.add
+
+    def flip(self: shards.Writer, name: str, tensor: torch.Tensor) -> None:
+        if name == where:
+            tensor = tensor.clone()
+            tensor.view(torch.uint8).view(-1)[6] ^= 0x10
+        add(self, name, tensor)
+
+    monkeypatch.setattr(shards.Writer, "add", flip)
+    with pytest.raises(ModelError, match=words):
+        merged(home)
+    assert left(home, "tiny")
 
 
 def test_a_full_disk_leaves_no_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,9 @@ from nibble.tasks import Report
 
 REPORT = "merge_report.json"
 
+LEAST = 0.05
+"""Share of the change that must be left in the stored dtype, lest the new model be the base with some noise."""
+
 DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
 
@@ -169,7 +172,7 @@ def _check_origin(base: Base, source: Safetensors, made: Layout) -> None:
 
 def _refuse_nothing(job: Job, found: Found) -> None:
     total = found.total
-    if total.altered:
+    if total.altered and total.share >= LEAST:
         return
     if not total.asked:
         raise ModelError(
@@ -177,6 +180,13 @@ def _refuse_nothing(job: Job, found: Found) -> None:
             "It has not been trained: train it, or take another adapter.",
         )
     dtypes = " and ".join(DTYPES.get(name, name) for name in sorted(found.dtypes))
+    if total.altered:
+        # Small weights have small steps, so that a few of them move where the others stay.
+        raise ModelError(
+            f"{job.adapter.name} changes next to nothing that {dtypes} can hold: {max(0.0, total.share):.1%} of its "
+            f"change is left when it is rounded.",
+            "Train it longer, or with a higher learning rate; unmerged it works in Chat as it is.",
+        )
     raise ModelError(
         f"{job.adapter.name} changes nothing that {dtypes} can hold: its largest change of a weight, "
         f"{total.largest:.2g}, is lost when it is rounded.",
@@ -301,6 +311,8 @@ def sentences(report: Mapping[str, Any]) -> list[str]:
         f"{total['share']:.1%} of the change is there after rounding to {dtypes}, in {total['altered']:,} of "
         f"{total['numbers']:,} numbers.",
     ]
+    if total["share"] < survival.MOSTLY_LOST:
+        told.append(f"The change is mostly lost in {dtypes}: use the adapter in Chat without merging it.")
     if weights["unaltered_targets"]:
         told.append(f"{weights['unaltered_targets']} of these weights stayed as they were: their change is too small.")
     if found:
