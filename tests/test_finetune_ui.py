@@ -25,6 +25,7 @@ from nibble.config import Settings
 from nibble.errors import NibbleError
 from nibble.hosting import MOST_UPLOAD, upload_refusal
 from nibble.training.recipe import NAMES, Recipe
+from nibble.wishes import Compare, Merge
 from nibble.words import LANGUAGES
 from parts.console import command
 from parts.joblist import joblist
@@ -202,6 +203,19 @@ def test_a_console_line_says_what_the_form_says() -> None:
     assert (read.r, read.targets, read.packing, read.gradient_checkpointing) == ("4", "all-linear", True, False)
     assert read.columns == "prompt=q, completion=a b" and read.max_steps is None
     assert command("finetune", Recipe().as_spec()) == "python -m nibble finetune --base guide --data quotes"
+
+
+def test_the_lines_of_what_comes_after_are_taken_by_the_console() -> None:
+    wishes = {
+        "merge": Merge("mine", "out", ["sym_int4", "nf4"]).spec(),
+        "compare": Compare("mine", checkpoints=[100, 200], prompts=["One?", "Two?"], max_new_tokens=8).spec(),
+    }
+    for task, spec in wishes.items():
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        importlib.import_module(f"nibble.commands.{task}").configure(parser)
+        read = vars(parser.parse_args(shlex.split(command(task, spec))[4:]))
+        assert "mine" in read.values()
+    assert (read["checkpoints"], read["prompt"], read["max_new_tokens"]) == ("100,200", ["One?", "Two?"], 8)
 
 
 # What is shown.
