@@ -99,7 +99,7 @@ class Wiring:
             (after.jobs, after.said),
         ):
             jobs.change(self.again, here, work, **QUICK)
-            jobs.act(self.act, here, [said, self.frame.status, self.frame.tabs, *work], **PRIVATE).then(
+            jobs.act(self.acting(said), here, [said, self.frame.status, self.frame.tabs, *work], **PRIVATE).then(
                 self.again, here, work, **QUICK
             )
 
@@ -326,33 +326,27 @@ class Wiring:
             self.frame.tabs: gr.Tabs(selected=CHAT),
         }
 
-    async def act(self, request: gr.Request, event: gr.EventData, *here: Any) -> AsyncIterator[Changes]:
-        """A button of a job."""
-        # A script may leave either out.
-        act, subject = str(getattr(event, "act", "")), str(getattr(event, "subject", ""))
-        say = say_from(request)
-        said = self._said_of(event)
-        if act == "load":
-            yield {said: told(say.plain("loading_now", model=subject))}
-            yield await self._load(request, subject, said, say)
-            return
-        changes: Changes = {}
-        try:
-            if act not in ("stop", "resume"):
-                raise ModelError(f"There is no button {act[:40]!r}.")
-            await asyncio.to_thread(getattr(self.operator, act), subject)
-        except Exception as error:  # noqa: BLE001 - the border of the page
-            changes = {said: self._refused(error, say)}
-        yield await self._work(say, *here) | changes
+    def acting(self, said: gr.HTML) -> Callable[..., AsyncIterator[Changes]]:
+        """What the buttons of the jobs in one place do; `said` is where it is told."""
 
-    def _said_of(self, event: gr.EventData) -> gr.HTML:
-        """Where to say what a job's button has done."""
-        places = {
-            self.w.data.job: self.w.data.said,
-            self.w.dry.job: self.w.dry.said,
-            self.w.after.jobs: self.w.after.said,
-        }
-        return places.get(event.target, self.w.train.said)  # type: ignore[call-overload, no-any-return]
+        async def act(request: gr.Request, event: gr.EventData, *here: Any) -> AsyncIterator[Changes]:
+            # A script may leave either out.
+            name, subject = str(getattr(event, "act", "")), str(getattr(event, "subject", ""))
+            say = say_from(request)
+            if name == "load":
+                yield {said: told(say.plain("loading_now", model=subject))}
+                yield await self._load(request, subject, said, say)
+                return
+            changes: Changes = {}
+            try:
+                if name not in ("stop", "resume"):
+                    raise ModelError(f"There is no button {name[:40]!r}.")
+                await asyncio.to_thread(getattr(self.operator, name), subject)
+            except Exception as error:  # noqa: BLE001 - the border of the page
+                changes = {said: self._refused(error, say)}
+            yield await self._work(say, *here) | changes
+
+        return act
 
     async def save_report(self, request: gr.Request) -> Changes:
         """The button that gives the latest comparison as a page."""
