@@ -1,15 +1,21 @@
 """Whether every format is right on an accelerator, and how fast its products are there.
 
-    python bench/device_check.py [cuda|xpu]
+    python -m bench.device_check [cuda|xpu|cpu] [--train [--processes 2]]
 
 For each format: quantizing, forward and backward there against the same on the CPU in float32; a layer prepared on the
 CPU moved there and back; the fast kernel's form taken back. Then microseconds of one product for 1, 16 and 512 rows.
 Then a small random model: greedy text there and on the CPU. Exit code 1 if anything differs.
+
+With --train instead: the guide learns the shipped quotes by the task `finetune` in one process, then by torchrun in
+several, one a device, with the same batch in all; their losses are compared.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -113,10 +119,45 @@ def same_text(device: str) -> bool:
     return torch.equal(here, there.cpu())
 
 
+def train(device: str, processes: int) -> bool:
+    """Whether training gives the same losses in one process and in several; prints both."""
+    task = ["-m", "nibble.tasks.finetune"]
+    shared = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *task]
+    losses: list[list[float]] = []
+    for name, command in (("one process", task), (f"{processes} processes", shared)):
+        with tempfile.TemporaryDirectory() as home:
+            spec = {
+                "model": "guide", "data": "quotes", "device": device, "home": home, "dtype": "float32", "dropout": 0.0,
+                "max_steps": 20, "warmup_steps": 2, "logging_steps": 1, "save_steps": 20, "eval_share": 0.0,
+            }  # fmt: skip
+            run_yaml = Path(home) / "run.yaml"
+            run_yaml.write_text(json.dumps(spec), encoding="utf-8")
+            start = time.perf_counter()
+            done = subprocess.run([sys.executable, *command, str(run_yaml)], capture_output=True, text=True)
+            seconds = time.perf_counter() - start
+            if done.returncode:
+                print(f"{name}: FAILED\n{(done.stdout + done.stderr)[-3000:]}")
+                return False
+            [metrics] = Path(home).glob("runs/*/metrics.jsonl")
+            rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+            losses.append([row["loss"] for row in rows if "loss" in row])
+        print(f"{name}: {seconds:.0f} s, losses {losses[-1][0]:.4f} to {losses[-1][-1]:.4f}", flush=True)
+    off = max(abs(one - other) / one for one, other in zip(*losses, strict=True))
+    print(f"largest relative difference of a loss: {off:.2g}")
+    return off < 1e-3
+
+
 def main() -> int:
-    """Check, then measure."""
-    device = sys.argv[1] if len(sys.argv) > 1 else str(torch.accelerator.current_accelerator() or "cpu")
+    """Check, then measure; or train."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("device", nargs="?", default=str(torch.accelerator.current_accelerator() or "cpu"))
+    parser.add_argument("--train", action="store_true")
+    parser.add_argument("--processes", type=int, default=2)
+    arguments = parser.parse_args()
+    device = arguments.device
     print(f"torch {torch.__version__}, {device}")
+    if arguments.train:
+        return 0 if train(device, arguments.processes) else 1
     failed = False
     for name in PACKED:
         wrong = check(name, device)
