@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 from chat.talk import Form, Progress, Visitor, check_message, last_question, live, messages, within
 from nibble import operator
@@ -72,6 +73,7 @@ class Desk:
         self._store = ChatStore(settings.home_folder)
         self._open: OrderedDict[str, Conversation] = OrderedDict()
         self._writings: dict[str, _Writing] = {}
+        self._changing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     # Which conversation is open.
 
@@ -122,10 +124,11 @@ class Desk:
         Raises:
             NibbleError: its answer is being written.
         """
-        conversation = await self._fresh(visitor)
-        conversation.adapter = adapter
-        if conversation.revision:
-            await asyncio.to_thread(self._keep, visitor, conversation)
+        async with self._alone(visitor):
+            conversation = await self._newest(visitor)
+            conversation.adapter = adapter
+            if conversation.revision:
+                await asyncio.to_thread(self._keep, visitor, conversation)
         return conversation
 
     def leave(self, session: str) -> None:
@@ -216,8 +219,16 @@ class Desk:
             writing.stop.set()
         return bool(found)
 
+    def _alone(self, visitor: Visitor) -> asyncio.Lock:
+        """What keeps a message that is sent at once from meeting the conversation before an adapter was put on it."""
+        return self._changing.setdefault(visitor.owner, asyncio.Lock())
+
     async def _fresh(self, visitor: Visitor) -> Conversation:
         """The open conversation, with what another tab added to it; nobody writes in it."""
+        async with self._alone(visitor):
+            return await self._newest(visitor)
+
+    async def _newest(self, visitor: Visitor) -> Conversation:
         conversation = await self.current(visitor)
         if len(self._writings) >= self._settings.queue_size:
             raise NibbleError(visitor.say("full", value=len(self._writings)))

@@ -11,10 +11,12 @@ from html import escape
 
 import gradio as gr
 
+from chat.view import dressed
 from chat.widgets import ModelWidgets
 from chat.wiring import PRIVATE, Changes, Wiring, visitor_from
 from nibble.border import sentence
 from nibble.config import Settings
+from nibble.errors import NibbleError
 from nibble.operator import Operator
 
 
@@ -34,12 +36,13 @@ class ModelWiring:
 
     def wire(self) -> None:
         """Attach every handler."""
-        self._page.adapters = self.operator.wearable
+        self._page.adapters = self._adapters
         outputs = [
             self.w.report, self.w.load, self.w.unload, self.w.adapter, self._page.w.conversation, self._page.status,
         ]  # fmt: skip
         self.w.load.click(self.load, self.shown, outputs, **PRIVATE)
         self.w.unload.click(self.unload, None, outputs, **PRIVATE)
+        self.w.adapter.input(self.wear, self.w.adapter, [*self._page.outputs, *self.shown], **PRIVATE)
 
     async def enter(self) -> Changes:
         """What the drawer shows when the page or the tab is opened."""
@@ -72,6 +75,30 @@ class ModelWiring:
         await self.operator.unload()
         said = self._busy(False, visitor.say("unloaded")) | self._page.greeted(visitor)
         return said | await self._page.worn(visitor)
+
+    async def wear(self, request: gr.Request, adapter: str | None) -> AsyncIterator[Changes]:
+        """An adapter was chosen for the open conversation, or none; its model is loaded first where another one is."""
+        visitor, desk = visitor_from(request), self._page.desk
+        before, name = desk.adapter(visitor), adapter or ""
+        try:
+            await desk.wear(visitor, name)
+            base = dict(await asyncio.to_thread(self.operator.adapters)).get(name, "")
+            if base and base != self.operator.answering:
+                yield {self._page.status: self._page.standing(visitor)}
+                try:
+                    await self.operator.load(base)
+                except NibbleError:
+                    await desk.wear(visitor, before)
+                    raise
+        except NibbleError as error:
+            gr.Warning(escape(str(error)))
+        yield await self.enter() | await self._page.worn(visitor) | self._page.greeted(visitor)
+
+    def _adapters(self) -> list[tuple[str, str]]:
+        """What to choose from: those of the model that answers by their names, others after their model's."""
+        found = self.operator.adapters()
+        own = [(name, name) for name, base in found if base == self.operator.answering]
+        return own + [(dressed(base, name), name) for name, base in found if base != self.operator.answering]
 
     def _busy(self, busy: bool, said: str) -> Changes:
         button = gr.update(interactive=not busy)

@@ -57,8 +57,8 @@ class Wiring:
         self.status = status
         self.fields = [widgets.system, *widgets.sampling]
         self.outputs = [widgets.conversation, widgets.message, widgets.chats, widgets.system, status]
-        self.adapters: Callable[[], list[str]] = list
-        """Names of the adapters that the loaded model may wear; an operator's page knows them."""
+        self.adapters: Callable[[], list[tuple[str, str]]] = list
+        """Labels and names of the adapters to choose from; an operator's page knows them."""
         if widgets.model:
             self.outputs.append(widgets.model.adapter)
 
@@ -82,8 +82,6 @@ class Wiring:
         for button, export in ((w.markdown, self.markdown), (w.json, self.json)):
             button.click(export, None, w.file, **PRIVATE).then(None, w.file, None, js=SAVE_FILE, **PRIVATE)
         w.chats.change(None, w.chats, None, js=REMEMBER, **PRIVATE)
-        if w.model:
-            w.model.adapter.input(self.wear, w.model.adapter, **once)
         gr.Timer(STATUS_S).tick(self.tick, None, self.status, queue=False, **PRIVATE)
 
     # What the page shows.
@@ -132,7 +130,8 @@ class Wiring:
             return {}
         names, here = await asyncio.to_thread(self.adapters), self.desk.adapter(visitor)
         # One that belongs to another model stays chosen, so that a person sees why the answer is a refusal.
-        shown = [(visitor.say("adapter_none"), ""), *((name, name) for name in dict.fromkeys([*names, here]) if name)]
+        kept = [(here, here)] if here and here not in dict(names).values() else []
+        shown = [(visitor.say("adapter_none"), ""), *names, *kept]
         return {self.w.model.adapter: gr.update(choices=shown, value=here)}
 
     # What a visitor does.
@@ -229,15 +228,6 @@ class Wiring:
         except NibbleError as error:
             gr.Warning(escape(str(error)))
             return await self.scene(visitor, await self.desk.enter(visitor))
-
-    async def wear(self, request: gr.Request, adapter: str | None) -> Changes:
-        """An adapter was chosen, or none."""
-        visitor = visitor_from(request)
-        try:
-            await self.desk.wear(visitor, adapter or "")
-        except NibbleError as error:
-            gr.Warning(escape(str(error)))
-        return await self.worn(visitor) | {self.status: self.standing(visitor)}
 
     async def delete(self, request: gr.Request) -> Changes:
         """The open conversation is to be deleted."""

@@ -29,8 +29,8 @@ WORDS = Words(
         "unload": ("Unload", "卸载"),
         "adapter": ("Adapter in this chat", "此对话使用的适配器"),
         "adapter_info": (
-            "what the loaded model was taught; nothing is loaded anew",
-            "由已加载的模型微调得到，切换时无需重新加载",
+            "what the model was taught; one of another model loads that first",
+            "微调的成果；若属于其他模型，会先加载该模型",
         ),
         "adapter_none": ("none: the model as it is", "不使用：模型本身"),
         "system_prompt": ("System prompt", "系统提示词"),

@@ -230,14 +230,20 @@ class Operator(Tuning):
 
     def wearable(self) -> list[str]:
         """Adapters for the model that answers, by what they say of their base; the engine looks at the weights."""
-        if not self.answering:
-            return []
+        return [name for name, base in self.adapters() if base == self.answering]
+
+    def adapters(self) -> list[tuple[str, str]]:
+        """Each adapter with the model that it is for: the one that answers, where that is one, else its base here."""
+        source: object = None
         try:
-            source = publish.read_manifest(self._folder(self.answering)).get("source")
+            if self.answering:
+                source = publish.read_manifest(self._folder(self.answering)).get("source")
         except ModelError:  # taken out of the library since
-            source = None
+            pass
         cards = [self._plain(card) for card in library.adapters(self.home) if not card.problem]
-        return [card["name"] for card in cards if card["base"] in (self.answering, source)]
+        here = set(self.names()) if cards else set()
+        bases = [(card["name"], self.answering if card["base"] == source else card["base"]) for card in cards]
+        return [(name, base) for name, base in bases if base and base in {self.answering, *here}]
 
     async def unload(self) -> None:
         """Let the model go, and the memory with it."""

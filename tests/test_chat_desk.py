@@ -212,6 +212,19 @@ def test_each_conversation_has_its_own_adapter(desk: Desk, tmp_path: Path) -> No
     assert desk.host.worn == ["", "mine", "", "mine"]
 
 
+def test_a_message_sent_at_once_meets_the_adapter(desk: Desk, tmp_path: Path) -> None:
+    (tmp_path / "adapters" / "mine").mkdir(parents=True)
+
+    async def work() -> None:
+        await say(desk, ANNA, "one")
+        for name in ("mine", "", "mine", ""):
+            await asyncio.gather(desk.wear(ANNA, name), say(desk, ANNA, name or "none"))
+        assert len(await desk.entries(ANNA)) == 1
+
+    run(work)
+    assert desk.host.worn == ["", "mine", "", "mine", ""]
+
+
 def test_an_adapter_that_is_gone_is_told_and_the_model_answers(desk: Desk) -> None:
     async def work() -> None:
         await desk.wear(ANNA, "gone")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -131,3 +133,13 @@ def settled(page: Page) -> None:
     """Wait until no answer is being written."""
     expect(page.get_by_test_id("submit-button")).to_be_visible()
     expect(page.locator("small.waiting")).to_have_count(0)
+
+
+def write_adapter(folder: Path, base: str) -> None:
+    """An adapter that is one by its files."""
+    folder.mkdir(parents=True)
+    config = {"peft_type": "LORA", "base_model_name_or_path": base}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    header = {"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}
+    packed = json.dumps(header).encode()
+    (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(packed)) + packed + b"\0")

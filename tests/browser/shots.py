@@ -16,7 +16,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
-from tests.browser.conftest import FLAGS, NAMES, ask, settled
+from tests.browser.conftest import FLAGS, NAMES, ask, settled, write_adapter
 from tests.scripted import ScriptedHost
 from tests.serving import page as serve
 
@@ -37,6 +37,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         home = stack.enter_context(tempfile.TemporaryDirectory())
+        for name in ("quotes", "formal-english"):
+            write_adapter(Path(home) / "adapters" / name, "guide")
         url = sys.argv[2] if len(sys.argv) > 2 else stack.enter_context(serve(home, ScriptedHost(pause=0.02)))
         playwright = stack.enter_context(sync_playwright())
         system = next((path for name in NAMES if (path := shutil.which(name))), None)
@@ -100,6 +102,9 @@ def shoot(page: Page, url: str, name: Path) -> None:
         page.locator(".toggle-button").click()
     for drawer in ("model", "sampling"):
         page.locator(f"#{drawer}-drawer button.label-wrap").click()
+    if len(sys.argv) == 2:
+        page.locator("#adapter input").click()
+        page.get_by_role("option").last.click()
     picture("5-sidebar")
     if "phone" in name.name:
         page.locator(".toggle-button").click()

@@ -1,6 +1,8 @@
 """The Chat tab in Chromium: what a visitor does, and what they then see."""
 
 import json
+import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import BrowserContext, Page, expect
 
-from tests.browser.conftest import Watch, answers, ask, settled
+from tests.browser.conftest import Watch, answers, ask, settled, write_adapter
 from tests.scripted import ScriptedHost
 from tests.serving import free_port
 from tests.serving import page as serve
@@ -272,3 +274,71 @@ def test_hostile_text_does_nothing(site: str, context: BrowserContext, open_page
     page.wait_for_timeout(500)
     assert page.url.startswith(site)
     assert (watch.dialogs, watch.outside) == ([], [])
+
+
+def test_each_chat_has_its_own_adapter(
+    context: BrowserContext, open_page: Open, tmp_path: Path, host: ScriptedHost, watch: Watch
+) -> None:
+    for name, base in (("quotes", "guide"), ("stories", "guide"), ("lost", "elsewhere")):
+        write_adapter(tmp_path / "adapters" / name, base)
+    port = free_port()
+    with serve(tmp_path, host, port=port) as url:
+        page = open_page(context, url)
+        page.locator("#model-drawer button.label-wrap").click()
+        wear(page, "quotes", offered=["none: the model as it is", "quotes", "stories"])
+        expect(page.locator(".top summary")).to_contain_text("guide + quotes")
+        ask(page, "one")
+        settled(page)
+        wear(page, "stories")
+        ask(page, "two")
+        settled(page)
+        expect(answers(page).last.locator("small.notice")).to_contain_text("guide + stories (sym_int4) answers")
+        page.locator("#new-chat").click()
+        expect(page.locator("#adapter input")).to_have_value("none: the model as it is")
+        expect(page.locator(".top summary")).not_to_contain_text("+")
+        ask(page, "three")
+        settled(page)
+        expect(page.locator("#chats label")).to_have_text(["three", "one"])
+        page.locator("#chats label", has_text="one").click()
+        expect(page.locator("#adapter input")).to_have_value("stories")
+        expect(page.locator(".top summary")).to_contain_text("guide + stories")
+        page.close()
+    assert host.worn == ["quotes", "stories", ""]
+    shutil.rmtree(tmp_path / "adapters" / "stories")
+    again = ScriptedHost()
+    with serve(tmp_path, again, port=port) as url:
+        page = open_page(context, url)
+        expect(page.locator("#chats label")).to_have_text(["three", "one"])
+        page.locator("#chats label", has_text="one").click()
+        expect(page.locator(".top summary")).to_contain_text("guide + stories")
+        ask(page, "four")
+        settled(page)
+        expect(answers(page).last.locator("small.notice").first).to_contain_text("stories is not here any more")
+        expect(page.locator(".top summary")).not_to_contain_text("+")
+    assert again.worn == [""]
+    assert watch.errors == []
+
+
+def test_an_adapter_of_another_model_loads_that_first(
+    context: BrowserContext, open_page: Open, tmp_path: Path, host: ScriptedHost
+) -> None:
+    write_adapter(tmp_path / "adapters" / "quotes", "guide")
+    with serve(tmp_path, host, model="llama") as url:
+        page = open_page(context, url)
+        expect(page.locator(".top summary")).to_contain_text("llama")
+        page.locator("#model-drawer button.label-wrap").click()
+        wear(page, "guide + quotes")
+        expect(page.locator(".top summary")).to_contain_text("guide + quotes")
+        expect(page.locator("#model input")).to_have_value("guide")
+        ask(page, "one")
+        settled(page)
+    assert host.worn == ["quotes"]
+
+
+def wear(page: Page, label: str, offered: list[str] | None = None) -> None:
+    """Choose an adapter for the open chat."""
+    page.locator("#adapter input").click()
+    if offered:
+        expect(page.get_by_role("option")).to_have_text([re.compile(f"{re.escape(name)}$") for name in offered])
+    page.get_by_role("option").filter(has_text=re.compile(rf"{re.escape(label)}$")).click()
+    expect(page.locator("#adapter input")).to_have_value(label.rpartition(" + ")[2])
