@@ -89,6 +89,9 @@ class Tuning:
         recipe = wish.recipe()
         if isinstance(samples, bool) or not isinstance(samples, int) or not 1 <= samples <= MOST_SAMPLES:
             raise DataError(f"samples is {str(samples)[:40]!r}.", f"It must be a number from 1 to {MOST_SAMPLES}.")
+        return self._glimpse(recipe, samples)
+
+    def _glimpse(self, recipe: Recipe, samples: int = 1) -> dict[str, Any]:
         return glimpse(
             self._folder(recipe.model), self._data(recipe), mapping=columns_of(recipe), max_length=recipe.max_length,
             n=samples, trusted=recipe.model in self._settings.trust_remote_code,
@@ -125,6 +128,10 @@ class Tuning:
         recipe = wish.recipe()
         order_from(recipe.as_spec() | self._local(recipe.model) | self.surroundings)
         check(self._data(recipe), columns_of(recipe)).require()
+        # What only the model's tokenizer can tell: that no sample is short enough, or that nothing in one is trained.
+        seen = self._glimpse(recipe)
+        if seen["complete"] and not seen["ok"] and not seen["model_problem"]:
+            raise DataError(next(problem["sentence"] for problem in seen["problems"] if problem["fatal"]))
         return recipe
 
     def _free_name(self, recipe: Recipe, spec: Mapping[str, Any]) -> str:

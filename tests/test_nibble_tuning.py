@@ -1,5 +1,6 @@
 """What an operator may wish for to teach a model, and that nothing broken starts a job."""
 
+import json
 import random
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from nibble import jobs
 from nibble.config import Settings
-from nibble.errors import NibbleError
+from nibble.errors import DataError, NibbleError
 from nibble.operator import Operator
 from nibble.wishes import Compare, Finetune, Merge
 from tests.scripted import ScriptedHost
@@ -150,3 +151,13 @@ def test_there_is_no_report_before_a_comparison(operator: Operator) -> None:
     for job_id in ("", "20260101-000000-compare-abcd", "../x"):
         with pytest.raises(NibbleError):
             operator.compare_report(job_id)
+
+
+def test_what_only_a_tokenizer_can_tell_starts_no_job(operator: Operator, tmp_path: Path) -> None:
+    """Every sample is longer than the longest that is trained on, so none ends."""
+    file = tmp_path / "long.jsonl"
+    file.write_text("".join(json.dumps({"text": f"{number} " + "a word and more " * 40}) + "\n" for number in range(5)))
+    name = operator.keep_data(file, "long.jsonl")
+    with pytest.raises(DataError, match="too long"):
+        operator.finetune(Finetune({"model": "guide", "data": name, "max_length": 16}))
+    assert operator.jobs() == []
