@@ -117,7 +117,8 @@ def _model(i18n: gr.I18n) -> ModelWidgets:
         with gr.Row(elem_classes="tools"):
             load = gr.Button(i18n("load"), variant="primary", size="sm", elem_id="load")
             unload = gr.Button(i18n("unload"), size="sm", elem_classes="plain", elem_id="unload")
-        adapter = gr.Dropdown([], label=i18n("adapter"), info=i18n("adapter_info"), elem_id="adapter", interactive=True)
+        label, told = i18n("chat_adapter"), i18n("adapter_info")
+        adapter = gr.Dropdown([], label=label, info=told, elem_id="adapter", interactive=True)
         report = gr.Markdown(elem_id="model-report", sanitize_html=True)
     return ModelWidgets(name, low_bit, device, load, unload, adapter, report)
 

@@ -27,7 +27,7 @@ WORDS = Words(
         "device": ("Device", "设备"),
         "load": ("Load", "加载"),
         "unload": ("Unload", "卸载"),
-        "adapter": ("Adapter in this chat", "此对话使用的适配器"),
+        "chat_adapter": ("Adapter in this chat", "此对话使用的适配器"),
         "adapter_info": (
             "what the model was taught; one of another model loads that first",
             "微调的成果；若属于其他模型，会先加载该模型",
