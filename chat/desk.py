@@ -277,7 +277,7 @@ class Desk:
         """Settle what the model wears: what the form says, else the conversation's own where that is still there."""
         if adapter is not None:
             if adapter and self._settings.public:
-                raise NibbleError(visitor.say("no_adapter", name=adapter))
+                raise NibbleError(visitor.say("unknown_adapter", name=adapter))
             conversation.adapter = adapter
         elif conversation.adapter and not has_adapter(conversation.adapter, self._settings.home_folder):
             answer.lost_adapter, conversation.adapter = conversation.adapter, ""

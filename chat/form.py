@@ -33,7 +33,7 @@ def form_from(visitor: Visitor, numbers: Sequence[object], system: object, adapt
     if system is not None and (not isinstance(system, str) or len(system) > MOST_CHARACTERS):
         raise NibbleError(visitor.say("not_text"))
     if adapter is not None and not (isinstance(adapter, str) and (not adapter or NAME.fullmatch(adapter))):
-        raise NibbleError(visitor.say("no_adapter", name=str(adapter)[:80]))
+        raise NibbleError(visitor.say("unknown_adapter", name=str(adapter)[:80]))
     names = [item.name for item in fields(Sampling)]
     values = {name: _number(visitor, name, value) for name, value in zip(names, numbers, strict=True)}
     return Form(Sampling(**values), system, adapter)  # type: ignore[arg-type]

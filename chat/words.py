@@ -76,7 +76,7 @@ WORDS = Words(
             "The adapter {name} is not here any more; the model answers without it.",
             "适配器 {name} 已不存在，由模型本身回答。",
         ),
-        "no_adapter": ("There is no adapter {name!r} to choose here.", "这里没有可选的适配器 {name!r}。"),
+        "unknown_adapter": ("There is no adapter {name!r} to choose here.", "这里没有可选的适配器 {name!r}。"),
         "switched": ("From here on {model} ({format}) answers.", "从这里起由 {model}（{format}）回答。"),
         "failed": ("{error}", "出错了：{error}"),
         "died": (

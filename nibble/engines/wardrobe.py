@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from nibble import adapters
+from nibble import adapters, library
 from nibble.adapters import Adapter
 from nibble.errors import ModelError, NibbleError
 from nibble.lowbit.lora import Addition, Lora, Wearing
@@ -85,13 +85,23 @@ class Wardrobe:
     def _read(self, folder: Path, key: tuple[object, ...]) -> Dressed:
         adapter = adapters.read(folder)
         if not adapters.belongs(adapter, self._base):
-            raise ModelError(
-                f"{adapter.name} was trained on {adapter.base or 'another model'}, not on the model that is loaded.",
-                f"Load {adapter.base} first." if adapter.base else "Load the model that it was trained on.",
-            )
+            raise self._foreign(adapter)
         lora = read_lora(adapter, self._model)
         stop = adapter.facts.get("stop_token_id")
         return Dressed(lora, (stop,) if isinstance(stop, int) else (), key)
+
+    def _foreign(self, adapter: Adapter) -> ModelError:
+        """The refusal of an adapter of another model, which may be called alike."""
+        base = adapter.base
+        if not base:
+            hint = "Load the model that it was trained on."
+        elif base in (self._base.name, library.GUIDE if self._base == library.GUIDE_FOLDER else ""):
+            hint = f"The {base} that is here has other weights: train the adapter anew on it."
+        else:
+            hint = f"Load {base} first."
+        return ModelError(
+            f"{adapter.name} was trained on {base or 'another model'}, not on the model that is loaded.", hint
+        )
 
 
 def _key(folder: Path) -> tuple[object, ...]:
