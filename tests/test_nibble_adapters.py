@@ -75,12 +75,15 @@ def test_scales_follow_peft(tmp_path: Path) -> None:
     assert plain.scale("model.layers.0.q_proj") == 4
     patterns = adapters.read(
         write_adapter(
-            tmp_path / "patterns", use_rslora=True, rank_pattern={"q_proj": 4}, alpha_pattern={r"layers\.1\.v_proj": 16}
+            tmp_path / "patterns", use_rslora=True, rank_pattern={"q_proj": 4}, alpha_pattern={"layers.1.v_proj": 16}
         )
     )
     assert patterns.scale("model.layers.0.q_proj") == 32 / math.sqrt(4)
     assert patterns.scale("model.layers.1.v_proj") == 16 / math.sqrt(8)
     assert patterns.scale("model.layers.11.k_proj") == 32 / math.sqrt(8)
+    endless = adapters.read(write_adapter(tmp_path / "endless", rank_pattern={"(a+)+$": 4}))
+    with pytest.raises(ModelError, match="no module's name"):
+        endless.scale("model.layers.0.q_proj")
 
 
 def test_what_is_no_adapter_is_told(guide_model: Path) -> None:
