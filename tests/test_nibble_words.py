@@ -58,14 +58,3 @@ def test_there_are_two_english_and_two_chinese_examples_for_everyone() -> None:
     for language in LANGUAGES:
         chinese = [text for text in EXAMPLES[language] if any("一" <= letter <= "鿿" for letter in text)]
         assert (len(EXAMPLES[language]), len(chinese)) == (4, 2)
-
-
-@pytest.mark.parametrize("language", LANGUAGES)
-def test_tabs_that_share_a_key_share_its_words(language: str) -> None:
-    """The page's fixed labels are one table for all tabs: what two call alike must read alike."""
-    import app
-
-    known: dict[str, str] = {}
-    for tab in app.TABS:
-        for key, text in tab.WORDS.of(language).items():
-            assert known.setdefault(key, text) == text, f"{tab.__name__}: {key}"
