@@ -23,7 +23,7 @@ CHUNK = 2**21
 """Weights packed at once: large enough to fill the cores, small enough that temporaries stay in the caches."""
 
 DECODED = 2**19
-"""Weights unpacked at once on a CPU: what lies between codes and values stays in a core's own cache."""
+"""Of a larger matrix, what is unpacked at once on a CPU: what lies between codes and values stays in a core's cache."""
 
 # https://github.com/bitsandbytes-foundation/bitsandbytes, functional.get_4bit_type.
 NF4 = (
@@ -63,7 +63,8 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [out, in]; exact in float32, otherwise rounded once or twice to `dtype`."""
         out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
-        size = DECODED if out.device.type == "cpu" else chunk_for(out.device)
+        small = out.numel() <= CHUNK or out.device.type != "cpu"
+        size = chunk_for(out.device) if small else DECODED
         for rows in row_chunks(self.shape[0], self.shape[1], size=size):
             decode(self.format, self.codes[rows], self.scales[rows], out[rows])
         return out

@@ -173,12 +173,17 @@ def _activations(rows: torch.Tensor) -> torch.Tensor:
     return rows
 
 
+FEW_ROWS = 32
+"""Up to so many rows a product counts as that of a token or a few."""
+
 DENSE = 2**24
 """Weights that a product dequantizes at once: all of most matrices, since one product is faster than its parts."""
 
 
-def _parts(weight: QuantizedTensor) -> list[slice]:
-    size = max(DENSE, chunk_for(weight.codes.device))
+def _parts(weight: QuantizedTensor, rows: int) -> list[slice]:
+    size = chunk_for(weight.codes.device)
+    # For one token the product is little beside the unpacking, which is fastest where its result stays in the caches.
+    size = size if rows <= FEW_ROWS else max(DENSE, size)
     return list(row_chunks(weight.shape[0], weight.shape[1], size=size))
 
 
@@ -187,7 +192,7 @@ def matmul(rows: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
 
     A large weight is dequantized a part at a time, so that memory stays flat.
     """
-    parts = _parts(weight)
+    parts = _parts(weight, len(rows))
     if len(parts) == 1:
         return linear(rows, weight.dequantize(rows.dtype))
     out = rows.new_empty(len(rows), weight.shape[0])
@@ -198,7 +203,7 @@ def matmul(rows: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
 
 def matmul_transposed(rows: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
     """rows [n, out] times the weight: [n, in] in the rows' dtype; sums over parts of the weight are kept in float32."""
-    parts = _parts(weight)
+    parts = _parts(weight, len(rows))
     if len(parts) == 1:
         return rows @ weight.dequantize(rows.dtype)
     total = torch.zeros(len(rows), weight.in_features, dtype=torch.float32, device=rows.device)
