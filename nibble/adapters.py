@@ -198,3 +198,23 @@ def base_folder(adapter: Adapter, home: Path, *, paths: bool = False) -> Path:
         f"{adapter.name} was trained on {adapter.base or 'a model that it does not name'}, and {why}.",
         "Get that model first: `nibble models` lists what there is.",
     )
+
+
+def find_model(name: str, home: Path, *, paths: bool = False) -> tuple[Path, Path | None]:
+    """The model that a name leads to; where only an adapter has that name, the model that it belongs to, and itself.
+
+    Args:
+        name: as `nibble.library.find`.
+        home: Nibble's home folder.
+        paths: whether a model may be named by its path.
+
+    Raises:
+        ModelError: nothing of that name, or the adapter belongs to no model that is here.
+    """
+    try:
+        return library.find(name, home, paths=paths), None
+    except ModelError:
+        if not library.has_adapter(name, home):
+            raise
+    worn = library.find_adapter(name, home)
+    return base_folder(read(worn), home), worn

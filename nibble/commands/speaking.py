@@ -6,11 +6,11 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from nibble.adapters import base_folder, read
+from nibble.adapters import base_folder, find_model, read
 from nibble.config import Settings
 from nibble.engines.base import Engine, LoadSpec, Sampling
 from nibble.engines.bigdl import judge, make_worker
-from nibble.errors import ConfigError, ModelError, NibbleError
+from nibble.errors import ConfigError, NibbleError
 from nibble.library import GUIDE, GUIDE_FOLDER, find, find_adapter
 from nibble.prompts.trial import refuse_bombs
 from nibble.screen import check, templates
@@ -69,14 +69,8 @@ def find_both(settings: Settings, arguments: argparse.Namespace) -> tuple[Path, 
         worn = find_adapter(arguments.adapter, home, paths=True)
         model = find(settings.model, home, paths=True) if arguments.model else base_folder(read(worn), home, paths=True)
         return model, str(worn.resolve())
-    try:
-        return find(settings.model, home, paths=True), ""
-    except ModelError as error:
-        try:
-            worn = find_adapter(settings.model, home)
-        except ModelError:
-            raise error from None
-    return base_folder(read(worn), home), str(worn.resolve())
+    model, found = find_model(settings.model, home, paths=True)
+    return model, str(found.resolve()) if found else ""
 
 
 def load_engine(settings: Settings, folder: Path) -> Engine:

@@ -12,7 +12,6 @@ import logging
 import threading
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from nibble import adapters, library
@@ -161,7 +160,7 @@ class ModelHost:
             thread.join()
 
     def _find(self, name: str, low_bit: str, device: str, paths: bool) -> Wanted:
-        folder = self._folder(name, paths)
+        folder, _ = adapters.find_model(name, self._settings.home_folder, paths=paths)
         trusted = folder.name in self._settings.trust_remote_code
         format_ = resolve(low_bit or self._settings.low_bit)
         called = name if library.NAME.fullmatch(name) else folder.name
@@ -174,18 +173,6 @@ class ModelHost:
         except NibbleError:  # a folder for BigDL-LLM, say, whose library loads what is not read here
             needed = 2 * card.size_bytes + PROCESS_BYTES
         return Wanted(spec, needed)
-
-    def _folder(self, name: str, paths: bool) -> Path:
-        """The model of that name, or the one that the adapter of that name belongs to."""
-        home = self._settings.home_folder
-        try:
-            return library.find(name, home, paths=paths)
-        except ModelError as error:
-            try:
-                adapter = library.find_adapter(name, home)
-            except ModelError:
-                raise error from None
-            return adapters.base_folder(adapters.read(adapter), home)
 
     async def _load(self, wanted: Wanted) -> EngineInfo:
         async with self._turn:
