@@ -69,12 +69,13 @@ class Wiring:
         seen = [data.found, data.columns, data.leave_out, data.fetch, data.trained, data.looked]
         lines = [settings.form, dry.console, train.console]
 
-        opened = self.frame.tab.select(self.opened, here, [*self.scene.choices, settings.form, *work], **PRIVATE)
-        opened.then(self.look, [data.looked, *fields], seen, **LATEST)
+        self.frame.tab.select(self.opened, here, [*self.scene.choices, settings.form, *work], **PRIVATE)
         w.timer.tick(self.tick, [w.live, *here], [*work, *self.scene.choices, data.looked, self.frame.status], **QUICK)
 
         changed = [field.change for field in fields]
-        gr.on([*changed, data.looked.change], self.look, [data.looked, *fields], seen, **LATEST)
+        # One listener for all: of two, the slower would show what is no longer chosen.
+        looks = [self.frame.tab.select, *changed, data.looked.change]
+        gr.on(looks, self.look, [data.looked, *fields], seen, **LATEST)
         gr.on(changed, self.written, fields, lines, **QUICK)
         data.data.input(lambda: {}, None, data.columns, **QUICK)
         data.upload.upload(

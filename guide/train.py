@@ -2,6 +2,9 @@
 
     python -m guide.train --steps 8000 --out guide/model
 
+With `--start guide/model` it goes on from a trained model, whose tokenizer stays, and asks more often the topics whose
+answers that model does not know: after a change of the corpus a CPU needs an hour where training anew takes a GPU.
+
 Promises: works on CPU, CUDA and XPU; one seed fixes the data. No question of the examination is ever trained on, not
 even by chance. What is reported is the development set: a share of the topics' questions, chosen by hash, that is
 never trained on either unless --all is given.
@@ -30,6 +33,7 @@ from guide.tokenizer import CONTEXT, Encoder, save_tokenizer, train_tokenizer
 
 END_ID, PAD_ID = 2, 0
 POOL = 3000  # conversations sorted by length together, so that a batch holds little padding
+KNOWN = 0.15  # nats per token of a topic's answer; answers that were trained lie below 0.05, changed ones far above
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Recipe:
     quantized_from: float = 0.75  # share of the steps after which half of them see Q4_0 weights
     workers: int = 4
     all: bool = False  # train on the development set too
+    start: str = ""  # the folder of a trained model to go on from
+    favour: float = 8.0  # how much more often a topic is asked whose answer the start does not know
 
 
 def model_config(vocabulary: int) -> Qwen2Config:
@@ -73,14 +79,17 @@ def model_config(vocabulary: int) -> Qwen2Config:
 class Batches(IterableDataset):
     """Endless right-padded batches: token ids, and the place of each learned token (0: given, -1: padding)."""
 
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, recipe: Recipe) -> None:
-        self._corpus, self._tokenizer, self._recipe = corpus, tokenizer, recipe
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, recipe: Recipe, favoured: frozenset[str]) -> None:
+        self._corpus, self._tokenizer, self._recipe, self._favoured = corpus, tokenizer, recipe, favoured
         self._withheld = frozenset(normalise(turn) for question in read_exam() for turn in question.turns)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         info = get_worker_info()
         seed = self._recipe.seed * 1000 + (info.id if info else 0) + 1
-        generator = Generator(self._corpus, seed, hold_out=not self._recipe.all, withheld=self._withheld)
+        generator = Generator(
+            self._corpus, seed, hold_out=not self._recipe.all, withheld=self._withheld,
+            favoured=dict.fromkeys(self._favoured, self._recipe.favour),
+        )  # fmt: skip
         encoder = Encoder(self._tokenizer, self._recipe.merge_dropout, seed)
         order = torch.Generator().manual_seed(seed)
         while True:
@@ -193,29 +202,54 @@ def development_score(model: Qwen2ForCausalLM, tokenizer: Tokenizer, corpus: Cor
     return scores
 
 
+@torch.inference_mode()
+def unknown_topics(model: Qwen2ForCausalLM, tokenizer: Tokenizer, corpus: Corpus) -> frozenset[str]:
+    """The topics whose answer, in any language, is news to the model when it is asked by the topic's first question."""
+    encoder = Encoder(tokenizer)
+    unknown = set()
+    for topic in corpus.topics.values():
+        for language in LANGUAGES if topic.kind in ("topic", "tour") else ():
+            asked = Conversation()
+            asked.add(topic.ask[language][0], topic.answer[language])
+            ids, places = map(torch.tensor, encoder.encode(asked))
+            losses = F.cross_entropy(model(ids[None, :-1]).logits[0], ids[1:], reduction="none")
+            if losses[places[1:] > 0].mean() > KNOWN:
+                unknown.add(topic.id)
+    return frozenset(unknown)
+
+
+def first_model(recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer) -> tuple[Any, frozenset[str]]:
+    """The float32 model that training begins with, on the CPU, and the topics to ask more often."""
+    if not recipe.start:
+        return Qwen2ForCausalLM(model_config(tokenizer.get_vocab_size())), frozenset()
+    model = Qwen2ForCausalLM.from_pretrained(recipe.start, dtype=torch.float32).eval()
+    return model, unknown_topics(model, tokenizer, corpus)
+
+
 def train(recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer) -> Qwen2ForCausalLM:
     """Train one model; prints its progress."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     torch.manual_seed(recipe.seed)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape of batch, and no two are alike
-    model: Any = Qwen2ForCausalLM(model_config(tokenizer.get_vocab_size()))
+    model, favoured = first_model(recipe, corpus, tokenizer)
     model.to(device)
     model.generation_config = generation_config()
     add_dropout(model, recipe.dropout)
     optimiser = optimiser_of(model, recipe, device)
     loader = DataLoader(
-        Batches(corpus, tokenizer, recipe), batch_size=None, num_workers=recipe.workers, prefetch_factor=8
+        Batches(corpus, tokenizer, recipe, favoured), batch_size=None, num_workers=recipe.workers, prefetch_factor=8
     )
     model.train()
     began, seen, counted = time.monotonic(), 0, 0
     total: float | Tensor = 0.0
-    print(json.dumps({"parameters": sum(p.numel() for p in model.parameters()), "device": str(device)}), flush=True)
+    about = {"parameters": model.num_parameters(), "device": str(device), "news": sorted(favoured)}
+    print(json.dumps(about), flush=True)
     for step, (ids, places) in zip(range(recipe.steps), loader, strict=False):
         for group in optimiser.param_groups:
             group["lr"] = recipe.rate * rate_at(step, recipe)
         quantized = step >= recipe.quantized_from * recipe.steps and step % 2 == 0
         ids, places = ids.to(device, non_blocking=True).long(), places.to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
+        with torch.autocast(device.type, torch.bfloat16):
             loss = loss_of(model, ids, places, recipe, quantized)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -226,7 +260,7 @@ def train(recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer) -> Qwen2ForCausa
             speed = seen / (time.monotonic() - began)
             print(f"step {step + 1} loss {float(total) / counted:.4f} tokens/s {speed:,.0f}", flush=True)
             total, counted = 0.0, 0
-        if (step + 1) % max(1, recipe.steps // 2) == 0 and step + 1 < recipe.steps:
+        if not recipe.all and (step + 1) % max(1, recipe.steps // 2) == 0 and step + 1 < recipe.steps:
             print("development set", json.dumps(development_score(model, tokenizer, corpus)), flush=True)
     return model.eval()
 
@@ -257,10 +291,13 @@ def main() -> None:
     recipe = Recipe(**flags)
     print(json.dumps(recipe.__dict__), flush=True)
     corpus = load_corpus()
-    tokenizer = train_tokenizer(corpus)
+    tokenizer = (
+        Tokenizer.from_file(str(Path(recipe.start, "tokenizer.json"))) if recipe.start else train_tokenizer(corpus)
+    )
     model = train(recipe, corpus, tokenizer)
-    print("development set", json.dumps(development_score(model, tokenizer, corpus)), flush=True)
     export(model, tokenizer, out)
+    if not recipe.all:
+        print("development set", json.dumps(development_score(model, tokenizer, corpus)), flush=True)
 
 
 if __name__ == "__main__":

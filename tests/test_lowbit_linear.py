@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from nibble.errors import ModelError
 from nibble.lowbit import FORMATS, LowBitLinear, kernel_name, kernels, prepare, quantize
+from nibble.lowbit.blocks import QuantizedTensor
 from nibble.lowbit.recipes import RECIPES
 
 PACKED = [name for name, row in FORMATS.items() if row.quantized]
@@ -129,6 +131,33 @@ def test_backward_after_the_layout_changed_uses_the_right_weight() -> None:
     layer.prepare(torch.bfloat16)
     out.sum().backward()
     assert torch.allclose(given_rows.grad, layer.dequantize().sum(0).expand(2, -1), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_is_computed_again_for_backward_is_unpacked_once_for_both(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = nn.Sequential(layer_of("nf4", 96, 64), nn.SiLU(), layer_of("nf4", 64, 96, seed=1)).to(dtype).train()
+    unpacked: list[torch.dtype] = []
+    dequantize = QuantizedTensor.dequantize
+
+    def counted(tensor: QuantizedTensor, wanted: torch.dtype = torch.float32) -> torch.Tensor:
+        unpacked.append(wanted)
+        return dequantize(tensor, wanted)
+
+    monkeypatch.setattr(QuantizedTensor, "dequantize", counted)
+    results = []
+    for again in (False, True):
+        given_rows = rows_of(5, 64, dtype).requires_grad_()
+        out = checkpoint(layers, given_rows, use_reentrant=False) if again else layers(given_rows)
+        forward = len(unpacked)
+        out.float().square().sum().backward()
+        results.append((out.detach(), given_rows.grad))
+        # Two layers forward; then two backward, or two for the second forward and its backward together.
+        assert (forward, len(unpacked)) == (2, 4)
+        unpacked.clear()
+    for plain, checkpointed in zip(*results, strict=True):
+        assert torch.equal(plain, checkpointed)
 
 
 def test_a_kernel_that_disagrees_is_dropped_with_one_line(

@@ -17,8 +17,8 @@ from nibble.data.shipped import find
 from nibble.errors import ModelError
 from nibble.training import feed, packing, targets
 from nibble.training.feed import Corpus, Deck, collator
+from nibble.training.heldout import heldout_loss
 from nibble.training.launch import launch_command
-from nibble.training.loop import heldout_loss
 from nibble.training.recipe import ALL_LINEAR, Recipe
 
 QKV = Recipe().targets
@@ -92,15 +92,32 @@ def corpus_of(lengths: list[int], seed: int = 0) -> Corpus:
 
 
 def test_what_is_held_out_depends_on_the_seed_alone() -> None:
-    def split(*given: Any) -> tuple[list[int], list[int]]:
-        train, held = feed.split(*given)
+    def split(count: int, *given: Any) -> tuple[list[int], list[int]]:
+        train, held = feed.split(corpus_of([9] * count), *given)
         return list(train), list(held)
 
     train, held = split(200, 0.05, 42)
     assert len(held) == 10 and sorted(train + held) == list(range(200))
     assert split(200, 0.05, 42) == (train, held) != split(200, 0.05, 43)
     assert split(1, 0.5, 0) == ([0], []) and split(10, 0.0, 0) == (list(range(10)), [])
-    assert len(feed.split(10, 0.01, 0)[1]) == 1
+    assert len(split(10, 0.01, 0)[1]) == 1
+    assert len(split(2000, 0.9, 0)[1]) == feed.HELD_OUT
+
+
+def test_a_sample_that_is_held_out_is_not_trained_where_it_stands_again() -> None:
+    corpus = Corpus()
+    for number in range(60):
+        corpus.add(Sample(number, [1 + number % 20, 2, 3], [True] * 3))
+    train, held = feed.split(corpus, 0.05, 0)
+    assert len(held) == 3
+    texts = [{corpus.mark(place) for place in places} for places in (train, held)]
+    assert not texts[0] & texts[1] and len(texts[0] | texts[1]) == 20
+
+    alike = Corpus()
+    for number in range(4):
+        alike.add(Sample(number, [5, 6, 7], [True] * 3))
+    train, held = feed.split(alike, 0.25, 0)
+    assert (len(train), len(held)) == (3, 1)
 
 
 def test_every_pass_of_a_deck_deals_each_row_once_and_from_anywhere_alike() -> None:

@@ -51,11 +51,13 @@ class Generator:
         hold_out: bool = True,
         patterned: float = 0.3,
         withheld: frozenset[str] = frozenset(),
+        favoured: dict[str, float] | None = None,
     ) -> None:
         """Prepare an endless source.
 
         `hold_out`: leave the development set's questions out. `patterned`: share of topic questions made from patterns.
         `withheld`: questions, as `normalise` returns them, that no conversation may hold.
+        `favoured`: topics of kind `topic` to ask more often than the others, and how many times as often.
         """
         self._corpus = corpus
         self._rng = random.Random(seed)
@@ -64,7 +66,10 @@ class Generator:
         self._withheld = withheld
         self._strength = Strength()
         self._topics = {kind: corpus.of_kind(kind) for kind in _WEIGHTS}
-        self._beyond_weights = [len(t.ask["en"]) ** 0.5 for t in self._topics["beyond"]]
+        self._kind_weights = {
+            "topic": [(favoured or {}).get(topic.id, 1.0) for topic in self._topics["topic"]],
+            "beyond": [len(topic.ask["en"]) ** 0.5 for topic in self._topics["beyond"]],
+        }
         self._ask = {
             (t.id, lang): [q for q in t.ask[lang] if not (hold_out and t.kind == "topic" and is_held_out(q))]
             for t in corpus.topics.values()
@@ -117,8 +122,7 @@ class Generator:
     def _fresh(self, state: _State, language: str) -> tuple[str, str]:
         rng = self._rng
         kind = rng.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
-        weights = self._beyond_weights if kind == "beyond" else None
-        topic = rng.choices(self._topics[kind], weights)[0]
+        topic = rng.choices(self._topics[kind], self._kind_weights.get(kind))[0]
         question = self._one_question(topic, language)
         state.topic = topic
         # A Chinese question may hold no Chinese at all ("nf4?"): the answer follows what the reader sees.

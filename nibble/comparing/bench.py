@@ -32,7 +32,7 @@ from nibble.prompts.templates import OWN
 from nibble.quality import distance, windows
 from nibble.quality.text import read_text
 from nibble.training import feed, learner
-from nibble.training.loop import heldout_loss
+from nibble.training.heldout import heldout_loss
 from nibble.training.recipe import Recipe
 from nibble.transformers import AutoModelForCausalLM
 
@@ -262,7 +262,7 @@ def heldout(order: Order, reader: learner.Reader, find_data: Callable[[str], Pat
     chat = found.detection is not None and found.detection.form != "text"
     if not share:
         return Held(data=data, chat=chat, why=f"No sample of {data} was held out: eval_share was 0.")
-    _, places = feed.split(len(corpus), share, int(said.get("seed") or 0))
+    _, places = feed.split(corpus, share, int(said.get("seed") or 0))
     known = said.get("samples")
     if isinstance(known, int) and known != len(places):
         why = f"{data} has changed since: {known:,} samples were held out, and {len(places):,} would be now."

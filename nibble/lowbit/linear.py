@@ -63,6 +63,7 @@ class LowBitLinear(nn.Linear):
         self._fast: Int4Weight | None = None
         self._asked: torch.dtype | None = None
         self._trained = False
+        self._dense = _Dense()
 
     @classmethod
     def from_linear(cls, layer: nn.Linear, name: str) -> LowBitLinear:
@@ -124,7 +125,7 @@ class LowBitLinear(nn.Linear):
         if torch.is_grad_enabled() and input.requires_grad:
             self._restore()
             self._trained = True
-            out = _Product.apply(_activations(rows), self.format, self.weight, self.weight_scale)
+            out = _Product.apply(_activations(rows), self.format, self.weight, self.weight_scale, self._dense)
         else:
             # Whatever the number of rows: a prompt asked twice must meet the same weights. But the evaluations between
             # training steps must not move every weight there and back.
@@ -217,16 +218,57 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, rows: torch.Tensor, fmt: Format, codes: torch.Tensor, scales: torch.Tensor
+        ctx: Any, rows: torch.Tensor, fmt: Format, codes: torch.Tensor, scales: torch.Tensor, dense: _Dense
     ) -> torch.Tensor:
         # Not as a saved tensor: checkpointing would compute the whole product again to save it again.
         ctx.weight = QuantizedTensor(fmt, codes, scales, rows.shape[1])
+        ctx.dense = dense
+        if _within_backward() and len(_parts(ctx.weight, len(rows))) == 1:
+            return linear(rows, dense.unpack(ctx.weight, rows.dtype))
+        dense.clear()
         return matmul(rows, ctx.weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
-        return matmul_transposed(grad, ctx.weight), None, None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        weight = ctx.dense.take(ctx.weight, grad.dtype)
+        return (matmul_transposed(grad, ctx.weight) if weight is None else grad @ weight), None, None, None, None
+
+
+class _Dense:
+    """The weight of one layer, unpacked for a forward pass within a backward pass and left there for the backward.
+
+    Gradient checkpointing computes a block of layers again just before their backward, in the graph of the first time:
+    there is no other place where the second forward and the backward meet.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Let go of it."""
+        self._of: tuple[torch.Tensor, int] | None = None
+        self._weight: torch.Tensor | None = None
+
+    def unpack(self, weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
+        """The dense weight, left here."""
+        self._of = weight.codes, weight.codes._version
+        self._weight = weight.dequantize(dtype)
+        return self._weight
+
+    def take(self, weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """The dense weight, no longer here; None where it is not that of `weight` in this dtype."""
+        of, found = self._of, self._weight
+        self.clear()
+        same = of is not None and of[0] is weight.codes and of[1] == weight.codes._version
+        return found if same and found is not None and found.dtype == dtype else None
+
+
+def _within_backward() -> bool:
+    """Whether autograd runs a backward pass in this thread: what is computed now, it computes again."""
+    # The question that torch.utils.checkpoint asks; torch has no public name for it.
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and task() != -1
 
 
 def prepare(model: nn.Module) -> None:

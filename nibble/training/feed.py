@@ -27,6 +27,9 @@ from nibble.errors import DataError
 CHUNK = 2**20
 """Bytes of samples that are written at once."""
 
+HELD_OUT = 500
+"""Samples held out at most: measuring more would take longer than training between two measurements."""
+
 Segment = tuple[list[int], list[int]]
 """Ids and labels of one sample."""
 
@@ -87,6 +90,10 @@ class Corpus:
         """Length of one sample."""
         return self._ends[place + 1] - self._ends[place]
 
+    def mark(self, place: int) -> int:
+        """The same for samples of the same tokens, in this process."""
+        return hash(self.seal()[0][self._ends[place] : self._ends[place + 1]].tobytes())
+
     def trained(self, places: Iterable[int]) -> int:
         """Tokens of these samples that the loss is taken on."""
         trained = self.seal()[1]
@@ -145,11 +152,20 @@ def read(path: Path, encoder: Encoder, mapping: ColumnMap, folder: Path | None =
     return corpus, report
 
 
-def split(count: int, share: float, seed: int) -> tuple[Sequence[int], Sequence[int]]:
-    """Numbers of the samples to train on, and of those held out; the seed decides, and at least one is trained on."""
-    held = min(max(1, round(count * share)), count - 1) if share else 0
+def split(corpus: Corpus, share: float, seed: int) -> tuple[Sequence[int], Sequence[int]]:
+    """Numbers of the samples to train on, and of those held out; the seed decides, and at least one is trained on.
+
+    At most `HELD_OUT` are held out, and none of them is trained on where it stands a second time, unless all are alike.
+    """
+    count = len(corpus)
+    held = min(max(1, round(count * share)), count - 1, HELD_OUT) if share else 0
     chosen = set(random.Random(seed).sample(range(count), held))
-    return array("q", (place for place in range(count) if place not in chosen)), sorted(chosen)
+    rest = array("q", (place for place in range(count) if place not in chosen))
+    if not chosen:
+        return rest, []
+    known = {corpus.mark(place) for place in chosen}
+    others = array("q", (place for place in rest if corpus.mark(place) not in known))
+    return others or rest, sorted(chosen)
 
 
 def pack(corpus: Corpus, places: Sequence[int], longest: int) -> list[list[int]]:

@@ -9,31 +9,26 @@ from __future__ import annotations
 
 import math
 import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from types import FrameType
 from typing import Any
 
-import peft
 import torch
 import transformers
-from safetensors.torch import load_file
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from nibble import publish
 from nibble.errors import NibbleError
 from nibble.training import checkpoints, state
 from nibble.training.feed import Deck, Segment, collator
-from nibble.training.learner import Learner, evaluating
+from nibble.training.heldout import summed_loss
+from nibble.training.learner import Learner
 from nibble.training.recipe import Recipe
-
-ADAPTER = "adapter_model.safetensors"
+from nibble.training.saving import load_adapter, save_adapter
+from nibble.training.watch import Watch
 
 
 class Diverged(NibbleError):
@@ -129,117 +124,6 @@ class Teacher:
         return min(measured)[::-1] if measured else None
 
 
-def heldout_loss(
-    model: torch.nn.Module, rows: Sequence[list[Segment]], padding: int, batch: int, device: torch.device | str
-) -> float:
-    """Mean loss of a trained token over rows; dropout is off meanwhile, and each token counts the same.
-
-    Args:
-        model: takes `input_ids`, `attention_mask` and gives `logits`.
-        rows: one sample each.
-        padding: token to pad with.
-        batch: rows at a time.
-        device: of the model.
-    """
-    lengths = sorted(range(len(rows)), key=lambda row: sum(len(ids) for ids, _ in rows[row]))
-    total, count = _summed_loss(model, [rows[row] for row in lengths], padding, batch, device)
-    return total / count if count else math.nan
-
-
-def _summed_loss(
-    model: torch.nn.Module, rows: Sequence[list[Segment]], padding: int, batch: int, device: torch.device | str
-) -> tuple[float, int]:
-    collate, trained = collator(padding), model.training
-    total, count = 0.0, 0
-    evaluating(model)
-    try:
-        with torch.no_grad():
-            for start in range(0, len(rows), batch):
-                inputs = {key: value.to(device) for key, value in collate(rows[start : start + batch]).items()}
-                labels = inputs.pop("labels")[:, 1:]
-                logits = model(**inputs).logits[:, :-1].float()
-                losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-                total += float(losses)
-                count += int((labels != -100).sum())
-    finally:
-        model.train(trained)
-    return total, count
-
-
-class _Watch(TrainerCallback):
-    """Tells of each step, times it, remembers the dice it ended with, and keeps a stop from falling into an update."""
-
-    def __init__(self, teacher: Teacher) -> None:
-        self._teacher = teacher
-        self._began = time.perf_counter()
-        self._shield = Shield()
-        self.seconds: list[float] = []
-        self.dice = state.dice()
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        """A step begins."""
-        self._began = time.perf_counter()
-        return control
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        """The adapter is about to change."""
-        self._shield.up()
-        return control
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        """The adapter and the count of steps agree again."""
-        self.seconds.append(time.perf_counter() - self._began)
-        self.roll()
-        course = self._teacher.course
-        if course.only and state.global_step >= course.only:
-            control.should_training_stop, control.should_save, control.should_evaluate = True, False, False
-        if state.is_world_process_zero:
-            self._teacher.listener.step(state.global_step, course.steps)
-        self._shield.down()
-        return control
-
-    def roll(self) -> None:
-        """Remember the generators as they are."""
-        self.dice = state.dice()
-
-    def lower(self) -> None:
-        """Let stops through, whatever happened."""
-        self._shield.down()
-
-
-class Shield:
-    """While it is up a stop or Ctrl+C waits; when it is taken down, what waited comes."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self._before: dict[int, Any] = {}
-        self._waiting: list[int] = []
-
-    def up(self) -> None:
-        """Only the main thread can say what a signal does; elsewhere there is nothing to hold back."""
-        if not self._before and threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._hold) for number in self.SIGNALS}
-
-    def _hold(self, number: int, frame: FrameType | None) -> None:
-        self._waiting.append(number)
-
-    def down(self) -> None:
-        """Put the handlers back and call the one whose signal came."""
-        before, self._before = self._before, {}
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        waiting, self._waiting = self._waiting, []
-        for number in waiting:
-            signal.raise_signal(number)
-
-
 class _Trainer(transformers.Trainer):
     """transformers' loop with our checks, measurements and checkpoints."""
 
@@ -252,7 +136,7 @@ class _Trainer(transformers.Trainer):
             data_collator=collator(course.padding, learner.dtype if course.packed else None),
         )  # fmt: skip
         self.remove_callback(PrinterCallback)
-        self.watch = _Watch(teacher)
+        self.watch = Watch(course, teacher.listener)
         self.add_callback(self.watch)
 
     # Order
@@ -309,7 +193,7 @@ class _Trainer(transformers.Trainer):
         """Mean loss of a token that is held out, each process measuring its share."""
         course, rank, world = self.teacher.course, self.args.process_index, self.args.world_size
         batch = max(1, course.recipe.batch_size)
-        total, count = _summed_loss(
+        total, count = summed_loss(
             self.teacher.learner.model, course.heldout[rank::world], course.padding, batch, self.args.device
         )
         if world > 1:
@@ -427,14 +311,3 @@ def arguments(teacher: Teacher) -> TrainingArguments:
     _ = args.device
     args._n_gpu = min(args._n_gpu, 1)
     return args
-
-
-def save_adapter(model: peft.PeftModel, folder: Path) -> None:
-    """Write an adapter in PEFT's own form, without the card that PEFT adds."""
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)
-
-
-def load_adapter(model: peft.PeftModel, folder: Path) -> None:
-    """Put the numbers of a saved adapter into the one that is on a model."""
-    peft.set_peft_model_state_dict(model, load_file(folder / ADAPTER))

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
+from safetensors.torch import load_file
+
 from nibble import publish
 from nibble.sources.safetensors import TOKENIZER_FILES
-from nibble.training.loop import ADAPTER, save_adapter
 
 KIND = "adapter"
+ADAPTER = "adapter_model.safetensors"
 FILES = ("adapter_config.json", ADAPTER)
 
 
@@ -66,3 +69,14 @@ def _name_base(path: Path, base: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = str(base)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def save_adapter(model: peft.PeftModel, folder: Path) -> None:
+    """Write an adapter in PEFT's own form, without the card that PEFT adds."""
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def load_adapter(model: peft.PeftModel, folder: Path) -> None:
+    """Put the numbers of a saved adapter into the one that is on a model."""
+    peft.set_peft_model_state_dict(model, load_file(folder / ADAPTER))

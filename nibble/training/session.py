@@ -118,7 +118,7 @@ def _fitting(session: Session, device: Device) -> Iterator[None]:
 
 def _course(session: Session, reader: Reader, learner: Learner, corpus: Corpus, device: Device) -> Course:
     recipe = session.order.recipe
-    places, held = feed.split(len(corpus), recipe.eval_share, recipe.seed)
+    places, held = feed.split(corpus, recipe.eval_share, recipe.seed)
     longest = reader.encoder.max_length or recipe.max_length
     rows: Sequence[Sequence[int]] = feed.Each(places, lambda place: (place,))
     packed = False

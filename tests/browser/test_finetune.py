@@ -97,7 +97,7 @@ def test_a_file_is_dropped_seen_refused_mended_trained_and_found_again(
     drop(page, good)
     expect(page.locator("#found .why")).to_contain_text("prompt (columns prompt, completion)")
     first = page.locator(".sample").first
-    expect(first.locator(".tokens span.t").first).to_be_visible(timeout=LONG_MS)
+    expect(first.locator(".tokens")).to_contain_text("Half a byte, number 0.", timeout=LONG_MS)
     expect(first).to_contain_text("learns to stop")
     learnt = "".join(first.locator(".tokens span.t").all_inner_texts())
     assert learnt.startswith("Half a byte, number 0.") and "Who" not in learnt
