@@ -136,16 +136,17 @@ def _build(settings: Settings, host: chat.Host, operator: Operator, i18n: gr.I18
             finetune_ui.build_endpoints(operator)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab(i18n("chat"), elem_id="chat-tab", id="chat") as talking:
-                standing = chat.build(chat.Frame(i18n, page, talking, status), host, operator, settings)
+                talk = chat.build(chat.Frame(i18n, page, talking, status), host, operator, settings)
             if not settings.public:
                 with gr.Tab(i18n("models"), elem_id="models-tab", id="models") as shelf:
-                    frame = models_ui.Frame(i18n, shelf, status, standing)
+                    frame = models_ui.Frame(i18n, shelf, status, talk.standing)
                     bench = models_ui.build(frame, operator)
             with gr.Tab(i18n("finetune"), elem_id="finetune-tab", id="finetune") as teaching:
                 if settings.public:
                     finetune_ui.build_public(i18n)
                 else:
-                    school = finetune_ui.build(finetune_ui.Frame(i18n, teaching, tabs, status, standing), operator)
+                    around = finetune_ui.Frame(i18n, teaching, tabs, status, talk.standing, talk.wear)
+                    school = finetune_ui.build(around, operator)
         if not settings.public:
             bench.rest_behind(talking, teaching)
             school.rest_behind(talking, shelf)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import gradio as gr
@@ -18,7 +18,7 @@ from nibble.config import Settings
 from nibble.errors import NibbleError
 from nibble.operator import Operator
 
-__all__ = ["WORDS", "Desk", "Frame", "Host", "build", "load_first"]
+__all__ = ["WORDS", "Contact", "Desk", "Frame", "Host", "build", "load_first"]
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,17 @@ class Frame:
     """The line over the tabs, kept up to date from here."""
 
 
-def build(frame: Frame, host: Host, operator: Operator, settings: Settings) -> Callable[[gr.Request], str]:
+@dataclass(frozen=True)
+class Contact:
+    """What the other tabs may ask of this one."""
+
+    standing: Callable[[gr.Request], str]
+    """The line over the tabs."""
+    wear: Callable[[gr.Request, str], Awaitable[object]]
+    """Let the model wear an adapter, or none, in the caller's open conversation; as `Desk.wear`."""
+
+
+def build(frame: Frame, host: Host, operator: Operator, settings: Settings) -> Contact:
     """Lay the tab out, within the Tab that is open, and wire it.
 
     Args:
@@ -45,7 +55,7 @@ def build(frame: Frame, host: Host, operator: Operator, settings: Settings) -> C
         settings: public mode, and the defaults of the model drawer.
 
     Returns:
-        The line over the tabs, for whoever asks.
+        What the other tabs may ask.
     """
     desk = Desk(host, settings)
     # First, so that they get their names: the page's own events are named after their functions.
@@ -71,7 +81,10 @@ def build(frame: Frame, host: Host, operator: Operator, settings: Settings) -> C
     frame.page.load(enter, widgets.remembered, outputs, js=RECALL, **PRIVATE)
     frame.tab.select(back, None, outputs, **PRIVATE)
     frame.page.unload(wiring.leave)
-    return lambda request: wiring.standing(visitor_from(request))
+    return Contact(
+        lambda request: wiring.standing(visitor_from(request)),
+        lambda request, adapter: desk.wear(visitor_from(request), adapter),
+    )
 
 
 async def load_first(host: Host, settings: Settings) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from nibble.config import StrictLoader
 from nibble.errors import ConfigError, NibbleError
 from nibble.training.recipe import NAMES, Recipe
 from nibble.wishes import Finetune
@@ -54,7 +55,7 @@ def shown(value: Any) -> str | bool:
         return value
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def defaults() -> Values:
@@ -105,7 +106,7 @@ def from_yaml(text: str) -> dict[str, Any]:
         NibbleError: it is neither, or a setting cannot be.
     """
     try:
-        values = yaml.safe_load(text[:MOST_YAML])
+        values = yaml.load(text[:MOST_YAML], StrictLoader)  # noqa: S506 - a SafeLoader, made stricter
     except (yaml.YAMLError, RecursionError, ValueError):
         raise ConfigError("This is not a run.yaml: it cannot be read as YAML.", "Save one from this form.") from None
     values = values.get("spec", values) if isinstance(values, dict) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import gradio as gr
@@ -21,3 +21,5 @@ class Frame:
     """The line over the tabs."""
     standing: Callable[[gr.Request], str]
     """What that line says now."""
+    wear: Callable[[gr.Request, str], Awaitable[object]]
+    """Puts an adapter on the model, or takes it off, in the caller's open conversation."""

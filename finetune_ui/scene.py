@@ -164,7 +164,7 @@ class Scene:
             return changes
         losses = {key: say.plain(word) for key, word in LOSSES.items()}
         seen = {key for row in rows for key in row}
-        end = max([rows[-1]["step"] if rows else 0.0, float(run["spec"].get("max_steps") or 0)])
+        end = max([rows[-1]["step"] if rows else 0.0, _steps(run)])
         return changes | {
             train.plots: gr.Row(visible=len(rows) > 1),
             train.curves: gr.update(rows=view.legend([name for key, name in losses.items() if key in seen], say)),
@@ -197,6 +197,12 @@ class Scene:
             w.chat: gr.update(interactive=bool(adapters)),
             w.jobs: self._jobs(later[:SHOWN_AFTER], unfolded, say),
         }
+
+
+def _steps(run: Any) -> float:
+    """The steps that a run takes in all: what the settings say, or with `epochs` what it has told."""
+    told, spec = run["progress"], run["spec"]
+    return float(told["total"] if spec.get("epochs") and told["unit"] == "step" else spec.get("max_steps") or 0)
 
 
 def _plot(points: Sequence[tuple[float, float, str]], end: float) -> Any:

@@ -307,15 +307,16 @@ class Wiring:
         return command(task, made | self.operator.surroundings) if made.get("adapter") else ""
 
     async def chat(self, request: gr.Request, name: str) -> AsyncIterator[Changes]:
-        """The button that loads an adapter, or a model, and leads to the chat."""
+        """The button that loads an adapter's base, puts it on, and leads to the chat."""
         say, w = say_from(request), self.w.after
         yield {w.said: told(say.plain("loading_now", model=name)), w.chat: gr.update(interactive=False)}
-        changes = await self._load(request, name, w.said, say)
+        changes = await self._load(request, name, w.said, say, worn=name)
         yield changes | {w.chat: gr.update(interactive=True)}
 
-    async def _load(self, request: gr.Request, name: str, said: gr.HTML, say: Say) -> Changes:
+    async def _load(self, request: gr.Request, name: str, said: gr.HTML, say: Say, worn: str = "") -> Changes:
         try:
             info = await self.operator.load(name or "")
+            await self.frame.wear(request, worn)
         except Exception as error:  # noqa: BLE001 - the border of the page
             return {said: self._refused(error, say)}
         loaded = say.plain(

@@ -22,6 +22,9 @@ from nibble.screen import check_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 
+PLAIN_STARTS = ("true", "false", "gaussian", "eva", "orthogonal")
+"""Ways to begin an adapter that leave the base as it is; pissa, olora, corda and loftq do not."""
+
 PIECE = 2**22
 """Bytes that are read at once."""
 
@@ -69,6 +72,16 @@ class Adapter:
         """How it was trained; empty where that is not recorded."""
         recipe = self.facts.get("recipe")
         return recipe if isinstance(recipe, Mapping) else {}
+
+    @property
+    def start(self) -> str:
+        """How it began (`init_lora_weights`), in lower case."""
+        return str(self.config.get("init_lora_weights", True)).lower()
+
+    @property
+    def leaves_base(self) -> bool:
+        """Whether it is a change of its base; some began by taking something away from the base's own weights."""
+        return self.start in PLAIN_STARTS
 
     def scale(self, module: str) -> float:
         """What B·A is multiplied with in a module: alpha / r, or alpha / √r where rank-stabilised (arXiv:2312.03732).
@@ -162,6 +175,10 @@ def belongs(adapter: Adapter, folder: Path) -> bool:
     return adapter.base in names | {name.rpartition("__")[2] for name in names}
 
 
+def _is_base(adapter: Adapter, folder: Path) -> bool:
+    return bool(adapter.fingerprint) and fingerprint(folder) == adapter.fingerprint
+
+
 def _source(folder: Path) -> list[Path]:
     """The model that a low-bit one was made from, where it lies beside it."""
     name = str(publish.read_manifest(folder).get("source") or "")
@@ -185,13 +202,15 @@ def base_folder(adapter: Adapter, home: Path, *, paths: bool = False) -> Path:
     written = str(adapter.config.get("base_model_name_or_path") or "")
     first = [written] if paths and written else []
     names = list(dict.fromkeys([adapter.base, *(card.name for card in library.models(home))]))
-    for name in (*first, *names):
-        try:
-            folder = library.find(name, home, paths=name in first)
-            if belongs(adapter, folder):
-                return folder
-        except NibbleError:
-            continue
+    # What it was trained on before what was made of that.
+    for fits in (_is_base, belongs):
+        for name in (*first, *names):
+            try:
+                folder = library.find(name, home, paths=name in first)
+                if fits(adapter, folder):
+                    return folder
+            except NibbleError:
+                continue
     same_name = any(adapter.base == card.name for card in library.models(home))
     why = f"{adapter.base} here has other weights" if same_name else "it is not here"
     raise ModelError(

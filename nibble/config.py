@@ -130,7 +130,7 @@ def _cast(name: str, value: Any, place: str) -> Any:
         raise ConfigError(f"{place}: {name} is {value!r}.", f"It must be {kind}.") from None
 
 
-class _StrictLoader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key written twice and aliases, which plain YAML lets pass."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -159,7 +159,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ConfigError(f"{path} is larger than 1 MB.", "A settings file is a few lines of `key: value`.")
-        value = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506 - a SafeLoader, made stricter
+        value = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)  # noqa: S506 - a SafeLoader, made stricter
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.", "Name an existing file.") from None
     except UnicodeDecodeError:

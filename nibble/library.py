@@ -1,22 +1,19 @@
-"""The models and adapters on disk: where a name leads, what a folder holds, and how it goes.
+"""The models and adapters on disk: where a name leads, and what a folder holds.
 
 Promises that a folder is judged from its JSON files and safetensors headers alone, that one which cannot be loaded is
-listed with the reason, and that no name leads out of home. A link that the owner of home put there is followed to read
-and never to delete. Imports neither torch nor transformers. Knows nothing of engines.
+listed with the reason, and that no name leads out of home; a link that the owner of home put there is followed. Imports
+neither torch nor transformers. Knows nothing of engines, and deletes nothing.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from nibble import jobs, publish
+from nibble import publish
 from nibble.checkpoint import (
     CONTEXT_KEYS,
     dtype_name,
@@ -27,7 +24,6 @@ from nibble.checkpoint import (
     weight_files,
 )
 from nibble.errors import ModelError, NibbleError, SourceError
-from nibble.lowbit.formats import ALIASES, FORMATS
 from nibble.screen import BIGDL_KEY, check, check_adapter, check_source, quant_method, templates
 
 GUIDE = "guide"
@@ -78,18 +74,6 @@ class ModelCard:
     def loadable(self) -> bool:
         """Whether it can be loaded as it is."""
         return self.kind == "model" and not self.problem
-
-
-@dataclass(frozen=True)
-class DiskUse:
-    """What home takes on its disk, in bytes, and what is left there."""
-
-    models: int
-    adapters: int
-    runs: int
-    unfinished: int
-    """Downloads that were cut, and leftovers of saves that were killed."""
-    free: int
 
 
 Judge = Callable[[Path, str], ModelCard]
@@ -268,63 +252,6 @@ def _context(config: dict[str, Any]) -> int:
     return next((text[key] for key in CONTEXT_KEYS if type(text.get(key)) is int), 0)
 
 
-def delete(name: str, home: Path, *, loaded: Collection[str], kind: str = "") -> int:
-    """Take a model or an adapter off the disk, with the report of a model: whole to a reader, then gone.
-
-    Args:
-        name: in home/models or home/adapters.
-        home: Nibble's home folder.
-        loaded: names of the models that are in memory or are being loaded.
-        kind: as its card says; empty will do where only one of the two has that name.
-
-    Returns:
-        The bytes that were freed; none where it was a link, whose folder stays.
-
-    Raises:
-        ModelError: nothing of that name, or both a model and an adapter; the guide; or something uses it.
-    """
-    root, folder = _place(name, home, kind)
-    if root == MODELS:
-        if name == GUIDE:
-            raise ModelError("The guide is part of Nibble and is not deleted.", "Delete another model.")
-        if name in loaded:
-            raise ModelError(f"{name} is loaded.", "Unload it, or load another model first.")
-        user = next((job for job in jobs.list_jobs(home) if job.live and _uses(job, folder, home)), None)
-        if user:
-            raise ModelError(f"The job {user.id} works with {name}.", f"Wait for its end, or stop it: {user.id}.")
-    size = 0 if folder.is_symlink() else tree_bytes(folder)
-    try:
-        publish.remove(folder)
-        if root == MODELS:
-            drop_report(name, home)
-    except OSError as error:
-        raise ModelError(f"{name} cannot be deleted: {error.strerror}.", "Check the permissions of home.") from None
-    return size
-
-
-def _place(name: str, home: Path, kind: str) -> tuple[str, Path]:
-    """`MODELS` or `ADAPTERS`, and the folder there that a name and a kind lead to.
-
-    Raises:
-        ModelError: no such kind, nothing of that name, or two things and no kind.
-    """
-    if kind not in ("", *get_args(Kind)):
-        raise ModelError(f"There is no kind {kind[:40]!r}.", f"Kinds: {', '.join(get_args(Kind))}.")
-    roots = (MODELS, ADAPTERS) if not kind else (ADAPTERS,) if kind == "adapter" else (MODELS,)
-    places = [(root, home / root / name) for root in roots] if NAME.fullmatch(name) else []
-    found = [
-        (root, place)
-        for root, place in places
-        if place.is_dir() or place.is_symlink() or (root == MODELS and name == GUIDE)
-    ]
-    if not found:
-        what = "adapter" if kind == "adapter" else "model" if kind else "model or adapter"
-        raise ModelError(f"There is no {what} {name[:200]!r}.", "`nibble models` lists what there is.")
-    if len(found) > 1:
-        raise ModelError(f"Both a model and an adapter are called {name}.", "Say which: kind is model or adapter.")
-    return found[0]
-
-
 def report_file(name: str, home: Path) -> Path:
     """Where the report of a model is kept; see `nibble.quality.kept`."""
     return home / "reports" / f"{name}.json"
@@ -337,98 +264,3 @@ def drop_report(name: str, home: Path) -> None:
         OSError: the file cannot be removed.
     """
     report_file(name, home).unlink(missing_ok=True)
-
-
-def _uses(job: jobs.Job, folder: Path, home: Path) -> bool:
-    """Whether a job reads a model or makes it."""
-    wanted = folder.resolve()
-    places = (place for path in _touched(job, home) if (place := _resolved(path)))
-    return any(wanted in (place, *place.parents) for place in places)
-
-
-def _touched(job: jobs.Job, home: Path) -> Iterator[Path]:
-    """The folders and files of models that a job's spec names, and those that it makes."""
-    root = home / MODELS
-    said = {key: job.spec[key] for key in ("model", "against", "out", "name", "repo", "file") if job.spec.get(key)}
-    said = {key: value.strip() for key, value in said.items() if isinstance(value, str)}
-    source = _meant(said["model"], root) if "model" in said else None
-    if source:
-        yield source
-    if "against" in said:
-        yield _meant(said["against"], root)
-    elif source and job.task == "evaluate":
-        # A low-bit model is compared with the one that it was made from.
-        with suppress(ModelError, OSError):
-            made_from = str(publish.read_manifest(source).get("source"))
-            if NAME.fullmatch(made_from):
-                yield root / made_from
-    if "repo" in said:
-        came = _meant(said["repo"], root).name
-        if "file" in said:
-            org, between, _ = came.rpartition("__")
-            came = f"{org}{between}{Path(said['file']).stem}"
-        yield root / said.get("name", came)
-    if source and job.task == "quantize":
-        stem = said.get("out") or (source.stem if source.suffix == ".gguf" else source.name)
-        yield from (root / f"{stem}-{name}" for name in (*_formats(job.spec.get("low_bit")), "picked"))
-    if "out" in said:
-        yield root / said["out"]
-
-
-def _meant(value: str, root: Path) -> Path:
-    """Where the model lies or will lie that a spec names: by its name, its id on a hub, its page there, or a path."""
-    remote = REMOTE.fullmatch(value)
-    if remote:
-        return root / f"{remote[1]}__{remote[2]}"
-    return root / value if NAME.fullmatch(value) else Path(value)
-
-
-def _formats(low_bit: object) -> list[str]:
-    """The formats that a spec names, by their own names; every one where it names none."""
-    names = low_bit.split(",") if isinstance(low_bit, str) else low_bit
-    if not names or not isinstance(names, list):
-        return list(FORMATS)
-    told = (name.strip().lower() for name in names if isinstance(name, str))
-    return [ALIASES.get(name, name) for name in told]
-
-
-def _resolved(path: Path) -> Path | None:
-    try:
-        return path.expanduser().resolve()
-    except (OSError, ValueError, RuntimeError):
-        return None
-
-
-def disk_use(home: Path) -> DiskUse:
-    """What home takes on its disk. Walks every file of it: some milliseconds for a hundred models."""
-    sizes = dict.fromkeys((MODELS, ADAPTERS, "runs"), 0)
-    unfinished = 0
-    for kind in sizes:
-        for path in (home / kind).iterdir() if (home / kind).is_dir() else ():
-            size = 0 if path.is_symlink() else tree_bytes(path)
-            if path.name.startswith(".") and kind != "runs":
-                unfinished += size
-            else:
-                sizes[kind] += size
-    there = next(folder for folder in (home, *home.resolve().parents) if folder.exists())
-    return DiskUse(
-        sizes[MODELS], sizes[ADAPTERS], sizes["runs"], unfinished=unfinished, free=shutil.disk_usage(there).free
-    )
-
-
-def tree_bytes(path: Path) -> int:
-    """The bytes of a file or of all files in a folder; links are not followed, and what goes meanwhile counts none."""
-    return sum(_sizes(path))
-
-
-def _sizes(path: Path) -> Iterator[int]:
-    waiting = [path]
-    while waiting:
-        here = waiting.pop()
-        try:
-            if here.is_dir() and not here.is_symlink():
-                waiting += list(here.iterdir())
-            else:
-                yield os.lstat(here).st_size
-        except OSError:
-            continue

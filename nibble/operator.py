@@ -18,14 +18,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from nibble import jobs, library, probe, publish
+from nibble import disk, jobs, library, probe, publish, removal
 from nibble.config import Settings
+from nibble.disk import DiskUse
 from nibble.engines.base import EngineInfo
 from nibble.engines.bigdl import judge, models
 from nibble.errors import ModelError, NibbleError
 from nibble.estimate import estimates
 from nibble.jobs import Job
-from nibble.library import DiskUse, ModelCard
+from nibble.library import ModelCard
 from nibble.lowbit.formats import resolve
 from nibble.probe import Machine
 from nibble.quality.kept import kept, merge
@@ -179,11 +180,11 @@ class Operator(Tuning):
             ModelError: nothing of that name, two things and no kind, the guide, or something uses it.
         """
         loaded = {self.answering, self.host.loading} - {""}
-        return library.delete(text(name), self.home, loaded=loaded, kind=text(kind))
+        return removal.delete(text(name), self.home, loaded=loaded, kind=text(kind))
 
     def disk_use(self) -> DiskUse:
         """What home takes on its disk, and what is left there."""
-        return library.disk_use(self.home)
+        return disk.disk_use(self.home)
 
     def names(self) -> list[str]:
         """The models that can be loaded: those in the library, and the folder that the page was started with."""

@@ -19,7 +19,7 @@ from nibble.data.glimpse import glimpse
 from nibble.data.telling import first_rows, told
 from nibble.errors import DataError, JobError
 from nibble.tasks.download import refuse_trust
-from nibble.training.order import order_from
+from nibble.training.order import order_from, refuse_taken
 from nibble.training.recipe import Recipe
 from nibble.wishes import Compare, Finetune, Merge, text
 
@@ -111,6 +111,7 @@ class Tuning:
         recipe = self._judged(wish)
         spec = recipe.as_spec() | self._local(recipe.model)
         out = recipe.out or self._free_name(recipe, spec)
+        refuse_taken(out, self.home)
         refuse_trust([out], recipe.model, self._settings.trust_remote_code)
         return self._start("finetune", spec | {"out": out})
 
@@ -126,7 +127,8 @@ class Tuning:
     def _judged(self, wish: Finetune) -> Recipe:
         """The recipe, once its model and every row of its data are known to be usable."""
         recipe = wish.recipe()
-        order_from(recipe.as_spec() | self._local(recipe.model) | self.surroundings)
+        # As a dry run: the name that a nameless adapter would get is no reason to refuse; a free one is found for it.
+        order_from(recipe.as_spec() | self._local(recipe.model) | self.surroundings | {"dry_run": True})
         check(self._data(recipe), columns_of(recipe)).require()
         # What only the model's tokenizer can tell: that no sample is short enough, or that nothing in one is trained.
         seen = self._glimpse(recipe)
@@ -142,7 +144,8 @@ class Tuning:
                 return str(other["out"])
         names = f"{Path(recipe.model).name}-{Path(recipe.data).stem}"
         base = re.sub(r"[^A-Za-z0-9._-]+", "-", names).strip("-.")[:100] or "adapter"
-        taken = {card.name for card in library.adapters(self.home)} | {str(other.get("out")) for other in live}
+        cards = [*library.adapters(self.home), *library.models(self.home)]
+        taken = {card.name for card in cards} | {str(other.get("out")) for other in live}
         return next(name for name in chain([base], (f"{base}-{n}" for n in count(2))) if name not in taken)
 
     def merge(self, wish: Merge) -> dict[str, Any]:

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 import nibble.engines.host as host_module
+from nibble.adapters import fingerprint
 from nibble.config import Settings
 from nibble.engines.base import Chunk, Sampling
 from nibble.engines.host import ModelHost
 from nibble.errors import EngineDied, FormatError, ModelError, NibbleError
+from tests.support.adapters import make_adapter, sign
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -131,6 +133,16 @@ def test_a_first_load_that_fails_is_told_to_whoever_asks(home):
         assert (host.state, host.sentence) == ("ready", "")
 
     run(home, story)
+
+
+def test_an_adapters_base_is_loaded_under_its_own_name(home):
+    folder = make_adapter(home / "adapters" / "worn")
+    sign(folder, "one", fingerprint(home / "models" / "one"))
+
+    async def story(host):
+        return await host.load("worn")
+
+    assert run(home, story).model == "one"
 
 
 def test_names_formats_and_paths_are_checked_before_anything_starts(home):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import fields
 from html import unescape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,14 @@ def test_the_form_is_saved_and_opened_again() -> None:
     assert forms.fill(opened) == written
     of_a_job = yaml.safe_dump({"task": "finetune", "spec": opened | {"home": "/x", "paths": True}, "created": 1.0})
     assert forms.from_yaml(of_a_job) == opened
-    for bad in ("", "[1]", "a: b", "x: [", "r: many\nmodel: guide", "&a [*a]", "model: " + "[" * 10_000):
+    assert forms.shown(0.000123456789) == "0.000123456789" and forms.shown(2e-4) == "0.0002"
+    nine = [f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in pairwise("abcdefghi")]
+    bomb = "a: &a [x,x,x,x,x,x,x,x]\n" + "".join(nine)
+    twice = "model: guide\nmodel: other"
+    for bad in (
+        "", "[1]", "a: b", "x: [", "r: many\nmodel: guide", "&a [*a]", "model: " + "[" * 10_000, twice,
+        bomb + "model: guide\nr: *i",
+    ):  # fmt: skip
         with pytest.raises(NibbleError):
             forms.from_yaml(bad)
 

@@ -22,7 +22,9 @@ READING = {"checkpoint", "screen", "library"}
 INSIDE = {
     "checkpoint": {"checkpoint"},
     "screen": {"screen", "checkpoint"},
-    "library": READING | {"jobs", "publish", "lowbit.formats"},
+    "library": READING | {"publish", "lowbit.formats"},
+    "disk": {"library"},
+    "removal": {"removal", "disk", "library", "jobs", "publish", "lowbit.formats"},
     "publish": {"publish"},
     "devices": {"devices"},
     "lowbit": {"lowbit", "devices", "publish"},
@@ -59,14 +61,27 @@ INSIDE = {
     "wishes": READING | {"wishes", "lowbit.formats", "training.recipe", "comparing.order"},
     "tuning": READING | {"tuning", "wishes", "jobs", "data", "tasks.download"} | {"training.recipe", "training.order"},
     "operator": READING
-    | {"operator", "tuning", "wishes", "engines", "jobs", "estimate", "probe", "quality", "publish", "lowbit.formats"}
+    | {
+        "disk",
+        "removal",
+        "operator",
+        "tuning",
+        "wishes",
+        "engines",
+        "jobs",
+        "estimate",
+        "probe",
+        "quality",
+        "publish",
+        "lowbit.formats",
+    }
     | {"tasks.download"},
     "commands": READING
     | {"commands", "engines", "prompts.trial", "devices", "hosting", "jobs", "estimate", "lowbit.formats"}
     | {"comparing", "adapters", "quality.table", "quality.kept", "probe", "training.recipe", "training.order", "data"},
     "hosting": {"hosting"},
     "hub": {"hub", "library", "screen", "publish"},
-    "data": READING | {"data", "prompts", "engines.base", "publish"},
+    "data": READING | {"disk", "data", "prompts", "engines.base", "publish"},
     "compat": {"lowbit", "transformers"},
     "chats": {"chats", "engines.base", "publish"},
 }

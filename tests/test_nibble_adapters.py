@@ -56,6 +56,12 @@ def test_the_base_is_found_by_its_weights(guide_model: Path, home: Path) -> None
     assert adapters.base_folder(found, home) == guide_model
     renamed = write_adapter(home / "adapters" / "b", {"base": {"name": "gone", "fingerprint": mark}})
     assert adapters.base_folder(adapters.read(renamed), home) == guide_model
+    # What was made of the base has its name too, and comes first by its own.
+    made = Path(shutil.copytree(guide_model, home / "models" / "aa"))
+    (made / "nibble.json").write_text(json.dumps({"source": "guide"}))
+    weights = load_file(made / "model.safetensors")
+    save_file({name: tensor * 2 for name, tensor in weights.items()}, made / "model.safetensors")
+    assert adapters.base_folder(adapters.read(renamed), home) == guide_model
     other = write_adapter(home / "adapters" / "c", {"base": {"name": "guide", "fingerprint": "0" * 64}})
     with pytest.raises(ModelError, match="trained on guide, and guide here has other weights"):
         adapters.base_folder(adapters.read(other), home)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nibble.data import ColumnMap, check, find, open_source, rows
+from nibble.data.telling import first_rows, told
 from nibble.errors import DataError
 
 QUESTION, ANSWER = "What is half a byte?", "A nibble."
@@ -155,6 +156,15 @@ def test_characters_that_no_tokenizer_takes_are_left_out(tmp_path: Path) -> None
     path.write_text('{"text": "a\\u0000b\\ud83d"}\n{"text": "fine \\ud83d\\ude42"}\n')
     assert [row.text for row in rows(path)] == ["ab", "fine 🙂"]
     assert "Line 1 held characters" in check(path).sentences()[-1]
+
+
+def test_a_column_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "odd.jsonl"
+    path.write_text('{"text": "one", "a\\ud800": "two"}\n')
+    report = check(path)
+    with pytest.raises(DataError, match="no text"):
+        report.require()
+    json.dumps([told(report), first_rows(path)], ensure_ascii=False).encode()
 
 
 def test_duplicates_among_many_rows(tmp_path: Path) -> None:

@@ -70,6 +70,11 @@ def test_a_name_that_cannot_be_is_refused(home: Path, tmp_path: Path, name: str)
     assert not (home / "data").exists()
 
 
+def test_a_file_that_is_called_as_a_shipped_set_gets_another_name(home: Path, tmp_path: Path) -> None:
+    assert store.keep(upload(tmp_path / "up", "quotes.jsonl"), home) == "quotes-upload"
+    assert store.find("quotes", home) != store.find("quotes-upload", home)
+
+
 @pytest.mark.parametrize("name", ["notes.txt", "model.safetensors", "set.py", "set"])
 def test_only_data_files_are_kept(home: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="data files end in"):

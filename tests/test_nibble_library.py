@@ -13,8 +13,10 @@ from types import SimpleNamespace
 import pytest
 
 from nibble import jobs, publish
+from nibble.disk import disk_use
 from nibble.errors import ModelError
-from nibble.library import ModelCard, adapters, delete, disk_use, find, inspect, models
+from nibble.library import ModelCard, adapters, find, inspect, models
+from nibble.removal import delete
 from nibble.screen import check
 from tests.support.hostile import edit
 
@@ -211,6 +213,7 @@ def test_what_a_save_or_a_job_uses_is_not_deleted(
         ("download", {"repo": "org/m"}, ("org__m",), ("m",)),
         ("download", {"repo": "org/m", "file": "q/x.gguf"}, ("org__x",), ("org__m",)),
         ("download", {"repo": "org/m", "name": "b"}, ("b",), ("org__m",)),
+        ("finetune", {"model": "a", "out": "b"}, ("a",), ("b",)),
     ],
     ids=str,
 )
@@ -241,6 +244,31 @@ def test_what_a_low_bit_model_was_made_from_is_not_deleted_while_they_are_compar
     monkeypatch.setattr(jobs, "list_jobs", lambda home: [job])
     with pytest.raises(ModelError, match="the-job"):
         delete("dense", tmp_path, loaded=())
+
+
+@pytest.mark.parametrize("task", ["merge", "compare"])
+def test_an_adapter_and_its_base_are_not_deleted_while_it_is_merged_or_compared(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("models/dense", "models/dense-nf4", "models/other", "adapters/worn", "adapters/rest"):
+        (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "models" / "dense-nf4" / "nibble.json").write_text('{"source": "dense"}')
+    (tmp_path / "adapters" / "worn" / "nibble.json").write_text('{"base": {"name": "dense-nf4"}}')
+    job = SimpleNamespace(id="the-job", task=task, spec={"adapter": "worn"}, live=True)
+    monkeypatch.setattr(jobs, "list_jobs", lambda home: [job])
+    for name in ("dense", "dense-nf4", "worn"):
+        with pytest.raises(ModelError, match="the-job"):
+            delete(name, tmp_path, loaded=())
+    for name in ("other", "rest"):
+        delete(name, tmp_path, loaded=())
+
+
+def test_an_adapter_is_not_deleted_while_it_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "adapters" / "made").mkdir(parents=True)
+    job = SimpleNamespace(id="the-job", task="finetune", spec={"model": "a", "out": "made"}, live=True)
+    monkeypatch.setattr(jobs, "list_jobs", lambda home: [job])
+    with pytest.raises(ModelError, match="the-job"):
+        delete("made", tmp_path, loaded=())
 
 
 def test_a_model_and_an_adapter_of_one_name_are_told_apart(stories: Path, tmp_path: Path) -> None:

@@ -287,6 +287,14 @@ def test_names_that_cannot_be(home: Path, out: str) -> None:
     assert left(home, "tiny") and fingerprint(home / "models" / "tiny") == before
 
 
+def test_a_model_is_not_called_as_an_adapter_is(home: Path) -> None:
+    make_adapter(make_base(home))
+    [adapter] = library.adapters(home)
+    with pytest.raises(ModelError, match=f"An adapter here is called {adapter.name}"):
+        merged(home, out=adapter.name)
+    assert left(home, "tiny")
+
+
 def test_what_is_written_wrongly_is_noticed() -> None:
     torch.manual_seed(3)
     weight, left_side, right = torch.randn(8, 16).bfloat16(), torch.randn(8, 2), torch.randn(2, 16)

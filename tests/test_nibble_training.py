@@ -26,6 +26,7 @@ from nibble.lowbit import FORMATS
 from nibble.tasks import finetune as task
 from nibble.training import checkpoints
 from nibble.training.recipe import OPTIMIZERS, SCHEDULERS
+from nibble.training.watch import Watch
 from nibble.transformers import AutoModelForCausalLM
 from tests.support.learning import TOLD, digest, furnish, learn
 
@@ -130,6 +131,25 @@ def test_a_number_that_is_none_ends_the_run_at_its_step(
     assert digest(kept[-1].folder) == digest(checkpoints.place(clean.folder, step - 1))
 
 
+@pytest.mark.parametrize("save_steps", [2, 3, 4])
+def test_an_adapter_that_holds_what_is_no_number_is_never_kept(
+    save_steps: int, learning: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = Watch.on_step_end
+
+    def spoil(self: Watch, args: Any, state: Any, control: Any, **more: Any) -> Any:
+        if state.global_step == 3:
+            next(parameter for parameter in more["model"].parameters() if parameter.requires_grad).data[0, 0] = math.inf
+        return ends(self, args, state, control, **more)
+
+    monkeypatch.setattr(Watch, "on_step_end", spoil)
+    with pytest.raises(NibbleError, match=r"not finite|stopped before"):
+        learn(learning, save_steps=save_steps, eval_share=0.0)
+    assert not (learning / "adapters").exists()
+    [job] = jobs.list_jobs(learning)
+    assert [one.step for one in checkpoints.whole(job.folder)] == ([2] if save_steps == 2 else [])
+
+
 def test_only_the_newest_checkpoints_can_be_gone_on_from_and_all_hold_the_adapter(learning: Path) -> None:
     learn(learning)
     [job] = jobs.list_jobs(learning)
@@ -177,6 +197,28 @@ def test_a_run_that_no_longer_gets_better_stops_early_with_its_best_adapter(lear
     assert digest(learning / "adapters" / "learnt") == digest(checkpoints.place(job.folder, best))
     said = publish.read_manifest(learning / "adapters" / "learnt")
     assert not said["partial"]
+
+
+def test_a_run_that_is_killed_once_it_has_stopped_early_goes_no_step_further(learning: Path) -> None:
+    told = {"learning_rate": 1e-9, "eval_steps": 2, "early_stop": 2, "dropout": 0.0, "max_steps": 40, "save_steps": 2}
+    result = learn(learning, **told)
+    whole = digest(learning / "adapters" / "learnt")
+    [job] = jobs.list_jobs(learning)
+    assert checkpoints.whole(job.folder)[-1].step == result["steps"]
+    shutil.rmtree(learning / "adapters")
+    again = task.run({**job.spec, "resume": True}, task.Silent(job.folder))
+    assert (again["steps"], again["stopped_early"]) == (result["steps"], True)
+    assert digest(learning / "adapters" / "learnt") == whole
+    assert not publish.read_manifest(learning / "adapters" / "learnt")["partial"]
+
+
+def test_a_run_does_not_go_on_with_other_data(learning: Path) -> None:
+    learn(learning)
+    [job] = jobs.list_jobs(learning)
+    texts = learning / "texts.jsonl"
+    texts.write_text(texts.read_text().replace("model", "modal"))
+    with pytest.raises(NibbleError, match="has changed since step 12"):
+        task.run({**job.spec, "resume": True}, task.Silent(job.folder))
 
 
 @pytest.mark.parametrize(("scheduler", "optimizer"), zip(SCHEDULERS, OPTIMIZERS * 2, strict=True))

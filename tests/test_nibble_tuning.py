@@ -133,6 +133,11 @@ def test_a_training_gets_a_name_that_replaces_nothing_and_is_not_begun_twice(
     assert started[1]["out"] == "mine" and started[1]["max_steps"] == 200
     operator.dry_run(Finetune({"data": "instructions"}))
     assert started[2]["dry_run"] is True
+    (operator.home / "models" / "guide-instructions").mkdir(parents=True)
+    operator.finetune(Finetune({"data": "instructions"}))
+    assert started[3]["out"] == "guide-instructions-2"
+    with pytest.raises(NibbleError, match="A model here is called guide-instructions"):
+        operator.finetune(Finetune({"data": "instructions", "out": "guide-instructions"}))
 
 
 def test_a_data_set_is_looked_at_and_kept(operator: Operator, tmp_path: Path) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
-from nibble.config import Settings
+from nibble.config import Settings, load_settings
 from nibble.data import ColumnMap, check
 from nibble.data.looking import open_encoder
 from nibble.data.store import NotHere
@@ -48,6 +48,8 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     """Train, and say what there is now."""
     prepare_libraries()
     spec = read_spec(arguments.run) if arguments.run else {}
+    settings = _as_told(spec, arguments, settings)
+    dry = arguments.dry_run or bool(spec.get("dry_run"))
     spec |= {name: getattr(arguments, name) for name in NAMES if getattr(arguments, name) is not None}
     if isinstance(spec.get("columns"), str):
         spec["columns"] = dict(ColumnMap.parse(spec["columns"]).columns)
@@ -55,15 +57,23 @@ def run(arguments: argparse.Namespace, settings: Settings) -> None:
     spec = {**recipe.as_spec(), "model": absolute(recipe.model), "data": absolute(recipe.data)}
     spec |= {"device": settings.device, "home": str(settings.home_folder), "paths": True}
     spec |= {"config": str(Path(arguments.config).resolve())} if arguments.config else {}
-    spec |= {"dry_run": True} if arguments.dry_run else {}
+    spec |= {"dry_run": True} if dry else {}
     device = "cpu" if settings.device == "auto" else settings.device
     home = settings.home_folder
     judge(spec, home)
-    result = run_foreground("finetune", spec, home=home, exclusive=device, keep=not arguments.dry_run)
+    result = run_foreground("finetune", spec, home=home, exclusive=device, keep=not dry)
     if arguments.json:
         print(json.dumps(result, ensure_ascii=False, indent=2))
         return
     print("\n".join(lines(result)))
+
+
+def _as_told(spec: dict[str, Any], arguments: argparse.Namespace, settings: Settings) -> Settings:
+    """The settings, with home and device as a recipe has them where no flag says otherwise."""
+    told = {name: spec[name] for name in SETTINGS if spec.get(name) and getattr(arguments, name, None) is None}
+    if not told:
+        return settings
+    return load_settings({**asdict(settings), **told})
 
 
 def judge(spec: dict[str, Any], home: Path) -> None:

@@ -16,6 +16,7 @@ import peft
 from safetensors.torch import load_file
 from torch import nn
 
+from nibble.adapters import Adapter
 from nibble.errors import ModelError
 from nibble.screen import check_adapter
 
@@ -60,6 +61,11 @@ def _config(folder: Path) -> peft.LoraConfig:
         raise ModelError(
             f"{folder.name} is an adapter of the kind {str(said.get('peft_type'))[:40]}.",
             "Only LoRA adapters can be compared.",
+        )
+    if not Adapter(folder.name, folder, said).leaves_base or said.get("alora_invocation_tokens"):
+        raise ModelError(
+            f"{folder.name} is more than a sum on its base: it began with another base, or works on some tokens only.",
+            "Convert it with PEFT into a plain LoRA adapter first.",
         )
     try:
         return peft.LoraConfig(

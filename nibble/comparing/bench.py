@@ -263,10 +263,11 @@ def heldout(order: Order, reader: learner.Reader, find_data: Callable[[str], Pat
     if not share:
         return Held(data=data, chat=chat, why=f"No sample of {data} was held out: eval_share was 0.")
     _, places = feed.split(corpus, share, int(said.get("seed") or 0))
-    known = said.get("samples")
-    if isinstance(known, int) and known != len(places):
-        why = f"{data} has changed since: {known:,} samples were held out, and {len(places):,} would be now."
+    if said.get("digest") and said["digest"] != corpus.digest() or said.get("samples", len(places)) != len(places):
+        why = f"{data} has changed since: which of its samples were held out cannot be told."
         return Held(data=data, chat=chat, why=why)
+    if not places:
+        return Held(data=data, chat=chat, why=f"No sample of {data} was held out.")
     return Held([[corpus[place]] for place in places], data, chat=chat)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nibble.data.rows import ColumnMap, Record
+from nibble.data.rows import BAD_CHARACTERS, ColumnMap, Record
 from nibble.errors import DataError
 
 
@@ -98,6 +98,9 @@ def detect(records: Sequence[Record], mapping: ColumnMap | None = None) -> Detec
             "None of the first rows has columns.", 'A row is an object such as {"text": "..."}, or a line of text.'
         )
     found = tuple(dict.fromkeys(column for row in rows for column in row))
+    for column in found:
+        if BAD_CHARACTERS.search(column):
+            raise DataError(f"The column {column!r} has a name that is no text.", "Rename the column.")
     mapping = mapping or ColumnMap()
     if mapping.columns:
         _check_map(mapping, found)

@@ -6,12 +6,11 @@ assistant in turns, up to an answer. Knows nothing of files, tokenizers or templ
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from nibble.data.forms import FORMS, KEYS, Detection, as_columns, list_in, needed_columns
-from nibble.data.rows import ColumnMap, Record, Row, RowFault
+from nibble.data.rows import BAD_CHARACTERS, ColumnMap, Record, Row, RowFault
 from nibble.engines.base import Message
 
 ROLES = {
@@ -24,9 +23,6 @@ ROLES = {
 TOOLS = ("tool", "function", "function_call", "observation", "ipython", "tool_call", "tool_response")
 
 TYPES = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-
-BAD_CHARACTERS = re.compile("[\0\ud800-\udfff]")
-"""NUL and lone surrogates: no tokenizer can take them."""
 
 
 def map_row(record: Record, detection: Detection) -> Row | None:

@@ -5,12 +5,16 @@ Promises plain, frozen data without tokenizers or files.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from nibble.engines.base import Message
 from nibble.errors import DataError
+
+BAD_CHARACTERS = re.compile("[\0\ud800-\udfff]")
+"""What no text may hold: JSON can escape it, and neither a tokenizer nor a page takes it."""
 
 IGNORED = -100
 """Label of a token that is not trained on: torch's `cross_entropy` leaves it out by default."""

@@ -22,6 +22,7 @@ from typing import BinaryIO, Literal
 from nibble import library, publish
 from nibble.data.read import DATASET, SUFFIXES, open_source
 from nibble.data.shipped import FOLDER, SHIPPED
+from nibble.disk import tree_bytes
 from nibble.errors import DataError, ModelError
 
 DATA = "data"
@@ -126,6 +127,8 @@ def keep(upload: Path, home: Path, name: str = "") -> str:
         DataError: it is no data file, its name cannot be one, or there is no room.
     """
     called = name or made_name(upload)
+    if not name and called in SHIPPED:
+        called += "-upload"
     if not library.NAME.fullmatch(called) or called in SHIPPED:
         raise DataError(
             f"{called[:200]!r} cannot be the name of a data set.",
@@ -169,7 +172,7 @@ def delete(name: str, home: Path) -> int:
         path = hub_folder(name, home)
     if path is None or not path.exists():
         raise DataError(f"There is no data set {name[:200]!r}.", "Reload the list.")
-    size = library.tree_bytes(path)
+    size = tree_bytes(path)
     try:
         if path.is_dir():
             publish.remove(path)
@@ -225,7 +228,7 @@ def _from_hubs(home: Path) -> Iterator[Entry]:
 
 
 def _entry(name: str, kind: Kind, path: Path, note: str) -> Entry:
-    return Entry(name, kind, path, library.tree_bytes(path), note)
+    return Entry(name, kind, path, tree_bytes(path), note)
 
 
 def is_on_hub(name: str) -> bool:

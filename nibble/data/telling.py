@@ -54,7 +54,7 @@ def first_rows(path: Path) -> list[dict[str, str]]:
     except NibbleError:
         return []
     rows = [as_columns(record.value) for record in records if record.fault is None]
-    return [{str(key): _short(value) for key, value in list(row.items())[:MOST_COLUMNS]} for row in rows]
+    return [{_short(str(key)): _short(value) for key, value in list(row.items())[:MOST_COLUMNS]} for row in rows]
 
 
 def columns_of(rows: list[dict[str, str]]) -> list[str]:

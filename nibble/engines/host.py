@@ -160,10 +160,12 @@ class ModelHost:
             thread.join()
 
     def _find(self, name: str, low_bit: str, device: str, paths: bool) -> Wanted:
-        folder, _ = adapters.find_model(name, self._settings.home_folder, paths=paths)
+        folder, adapter = adapters.find_model(name, self._settings.home_folder, paths=paths)
         trusted = folder.name in self._settings.trust_remote_code
         format_ = resolve(low_bit or self._settings.low_bit)
-        called = name if library.NAME.fullmatch(name) else folder.name
+        # An adapter's base goes by its own name: what a conversation wears is settled there.
+        own = library.GUIDE if folder == library.GUIDE_FOLDER else folder.name
+        called = name if adapter is None and library.NAME.fullmatch(name) else own
         card = judge(folder, called, trusted=trusted, settings=self._settings)
         spec = LoadSpec(
             str(folder.resolve()), format_.name, device or self._settings.device, card.name, trust_remote_code=trusted

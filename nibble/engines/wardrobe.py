@@ -26,9 +26,6 @@ KEPT = 8
 PREFIX = "base_model.model."
 """Before the name of every tensor in an adapter's file."""
 
-PLAIN_STARTS = ("true", "false", "gaussian", "eva", "orthogonal")
-"""Ways to begin an adapter (`init_lora_weights`, in lower case) that leave the base as it is; PiSSA's do not."""
-
 ENDINGS = {".lora_A.weight": "down", ".lora_B.weight": "up", ".bias": "bias"}
 
 
@@ -119,9 +116,8 @@ def read_lora(adapter: Adapter, model: nn.Module) -> Lora:
     Raises:
         ModelError: something in it that cannot be put on a model while it answers, or does not fit.
     """
-    start = str(adapter.config.get("init_lora_weights", True))
-    if start.lower() not in PLAIN_STARTS:
-        raise _unusable(adapter, f"the base's own weights ({start[:40]})")
+    if not adapter.leaves_base:
+        raise _unusable(adapter, f"the base's own weights ({adapter.start[:40]})")
     if adapter.config.get("alora_invocation_tokens"):
         raise _unusable(adapter, "only what follows certain words")
     if adapter.method != "LORA" or adapter.config.get("use_dora"):

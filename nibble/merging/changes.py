@@ -45,9 +45,6 @@ UNMERGED = {
 }
 """Fields of adapter_config.json -> why an adapter that sets them is more than W + scale·B·A."""
 
-STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""Values of `init_lora_weights` that leave the base as it is; pissa, olora, corda and loftq take away from it."""
-
 PREFIX = "base_model.model."
 BLOCK = 2**24
 """Numbers of a weight that are computed at once."""
@@ -126,10 +123,9 @@ def _refuse_kinds(adapter: Adapter) -> None:
     for key, why in UNMERGED.items():
         if adapter.config.get(key):
             raise ModelError(f"{adapter.name} cannot be merged ({key}): {why}.", "Use it in Chat, or train it without.")
-    start = adapter.config.get("init_lora_weights", True)
-    if start not in STARTS:
+    if not adapter.leaves_base:
         raise ModelError(
-            f"{adapter.name} cannot be merged: its start ({str(start)[:40]}) took something away from the base.",
+            f"{adapter.name} cannot be merged: its start ({adapter.start[:40]}) took something away from the base.",
             "Convert it to an ordinary LoRA adapter with PEFT first (path_initial_model_for_weight_conversion).",
         )
 

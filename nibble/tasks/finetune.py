@@ -12,13 +12,14 @@ import argparse
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from nibble import tasks
+from nibble import jobs, tasks
 from nibble.config import load_settings
 from nibble.data.store import NotHere
 from nibble.errors import NibbleError
@@ -29,6 +30,9 @@ from nibble.tasks import Report
 from nibble.training import checkpoints
 from nibble.training.order import Order, order_from, prepare_libraries
 from nibble.training.recipe import read_spec
+
+FETCHED_S = 3600
+"""How long a process waits for the first one to fetch the data."""
 
 
 def run(spec: Mapping[str, Any], report: Report) -> dict[str, Any]:
@@ -66,12 +70,28 @@ def _order(spec: Mapping[str, Any], report: Report) -> Order:
         return order_from(spec)
     except NotHere as missing:
         if not leads():
-            raise
+            return _once_fetched(spec)
         from nibble.tasks import download
 
         wanted = {"repo": missing.name, "dataset": True, "home": spec.get("home"), "config": spec.get("config")}
         download.run(wanted, report)
         return order_from(spec)
+
+
+def _once_fetched(spec: Mapping[str, Any]) -> Order:
+    """The order, once the first process has the data set here; torchrun ends this one where that fails.
+
+    Raises:
+        NotHere: the data set did not come, to this machine at least.
+    """
+    end = time.monotonic() + FETCHED_S
+    while True:
+        time.sleep(1)
+        try:
+            return order_from(spec)
+        except NotHere:
+            if time.monotonic() > end:
+                raise
 
 
 def leads() -> bool:
@@ -127,6 +147,8 @@ def _in_place(folder: Path) -> int:
     if not leads():
         tasks.load("finetune")({**spec, "resume": checkpoints.latest(folder) is not None}, Silent(folder))
         return 0
+    if jobs.find(folder.name, folder.parents[1]).live:
+        raise NibbleError(f"The run {folder.name} is under way.", f"Stop it first: nibble jobs stop {folder.name}.")
     status = read_status(folder)
     if status is not None and status.pid:
         # What `nibble jobs resume` writes: another attempt, which goes on.

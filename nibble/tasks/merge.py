@@ -103,6 +103,8 @@ def _folders(
                 f"{name!r} cannot be a model's name here.",
                 f"Use letters, digits, dots, dashes and underscores, and not {library.GUIDE}: --out NAME.",
             )
+        if library.has_adapter(name, settings.home_folder):
+            raise ModelError(f"An adapter here is called {name}.", "Name another: --out NAME.")
     download.refuse_trust(names, adapter.name, settings.trust_remote_code)
     folders = [settings.home_folder / library.MODELS / name for name in names]
     kept = {place.resolve() for place in (found.folder, found.trained_on)}

@@ -7,6 +7,7 @@ Knows nothing of models.
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import random
 import tempfile
@@ -48,6 +49,7 @@ class Corpus:
         self._files = [tempfile.TemporaryFile(dir=folder, buffering=CHUNK) for _ in range(2)]  # noqa: SIM115
         self._ends = array("q", [0])
         self._views: tuple[memoryview, memoryview] | None = None
+        self._digest = ""
 
     def add(self, sample: Sample) -> None:
         """Take one more, before the first is read.
@@ -93,6 +95,15 @@ class Corpus:
     def mark(self, place: int) -> int:
         """The same for samples of the same tokens, in this process."""
         return hash(self.seal()[0][self._ends[place] : self._ends[place + 1]].tobytes())
+
+    def digest(self) -> str:
+        """sha256 of all samples: tokens, ends, and which are trained. Read once."""
+        if not self._digest:
+            found = hashlib.sha256(self._ends.tobytes())
+            for view in self.seal():
+                found.update(view)
+            self._digest = found.hexdigest()
+        return self._digest
 
     def trained(self, places: Iterable[int]) -> int:
         """Tokens of these samples that the loss is taken on."""
@@ -155,17 +166,18 @@ def read(path: Path, encoder: Encoder, mapping: ColumnMap, folder: Path | None =
 def split(corpus: Corpus, share: float, seed: int) -> tuple[Sequence[int], Sequence[int]]:
     """Numbers of the samples to train on, and of those held out; the seed decides, and at least one is trained on.
 
-    At most `HELD_OUT` are held out, and none of them is trained on where it stands a second time, unless all are alike.
+    At most `HELD_OUT` are held out. One that stands again among the others is trained on after all.
     """
     count = len(corpus)
     held = min(max(1, round(count * share)), count - 1, HELD_OUT) if share else 0
     chosen = set(random.Random(seed).sample(range(count), held))
-    rest = array("q", (place for place in range(count) if place not in chosen))
-    if not chosen:
-        return rest, []
-    known = {corpus.mark(place) for place in chosen}
-    others = array("q", (place for place in rest if corpus.mark(place) not in known))
-    return others or rest, sorted(chosen)
+    alike: dict[int, list[int]] = {}
+    for place in chosen:
+        alike.setdefault(corpus.mark(place), []).append(place)
+    for place in range(count) if chosen else ():
+        if place not in chosen:
+            chosen.difference_update(alike.pop(corpus.mark(place), ()))
+    return array("q", (place for place in range(count) if place not in chosen)), sorted(chosen)
 
 
 def pack(corpus: Corpus, places: Sequence[int], longest: int) -> list[list[int]]:

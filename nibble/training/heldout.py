@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from nibble.data.rows import IGNORED
 from nibble.training.feed import Segment, collator
 from nibble.training.learner import evaluating
 
@@ -21,7 +22,7 @@ def heldout_loss(
     """Mean loss of a trained token over rows; dropout is off meanwhile, and each token counts the same.
 
     Args:
-        model: takes `input_ids`, `attention_mask` and gives `logits`.
+        model: takes `input_ids`, `attention_mask` and `labels`, and gives `loss`, a mean over trained tokens.
         rows: one sample each.
         padding: token to pad with.
         batch: rows at a time.
@@ -36,18 +37,17 @@ def summed_loss(
     model: torch.nn.Module, rows: Sequence[list[Segment]], padding: int, batch: int, device: torch.device | str
 ) -> tuple[float, int]:
     """Sum of the losses of the trained tokens, and their number; as `heldout_loss` otherwise."""
-    collate, trained = collator(padding), model.training
+    collate, was_training = collator(padding), model.training
     total, count = 0.0, 0
     evaluating(model)
     try:
         with torch.no_grad():
             for start in range(0, len(rows), batch):
                 inputs = {key: value.to(device) for key, value in collate(rows[start : start + batch]).items()}
-                labels = inputs.pop("labels")[:, 1:]
-                logits = model(**inputs).logits[:, :-1].float()
-                losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-                total += float(losses)
-                count += int((labels != -100).sum())
+                trained = int((inputs["labels"][:, 1:] != IGNORED).sum())
+                # The model's own loss, which while training is made without the logits of a whole batch.
+                total += float(model(**inputs).loss) * trained if trained else 0.0
+                count += trained
     finally:
-        model.train(trained)
+        model.train(was_training)
     return total, count

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from nibble import publish
@@ -32,7 +34,10 @@ from nibble.training.watch import Watch
 
 
 class Diverged(NibbleError):
-    """A loss or gradient that is no finite number."""
+    """A loss, gradient or adapter that is no finite number."""
+
+    measured = False
+    """Whether it is the loss on what is held out."""
 
 
 @dataclass
@@ -80,16 +85,63 @@ class Teacher:
         Raises:
             Diverged: at the step that would have spoilt the adapter, which is kept as a checkpoint as it was.
         """
+        if resume is not None and self._over_at(resume):
+            return
         try:
             # How good the base is, before anything is learnt.
             self.trainer.args.eval_on_start = resume is None and self.trainer.args.eval_strategy != "no"
             self.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        except Diverged:
-            if not self.course.only and self.step and self.step not in self.kept:
-                self.trainer.keep()
+            self.check()
+        except Diverged as error:
+            if not self.course.only and self.step and self.step not in self.kept and not error.measured:
+                with suppress(Diverged):
+                    self.trainer.keep()
             raise
         finally:
             self.trainer.watch.lower()
+
+    def _over_at(self, checkpoint: Path) -> bool:
+        """Whether the run had stopped early when it left a checkpoint; then it stands there again."""
+        if not self.course.recipe.early_stop:
+            return False
+        self.trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if self.spent:
+            load_adapter(self.learner.model, checkpoint)
+        return self.spent
+
+    @property
+    def spent(self) -> bool:
+        """Whether so many measurements were no better than the best that the run ends early."""
+        patience, best = self.course.recipe.early_stop, self.best
+        if not patience or best is None:
+            return False
+        return sum("eval_loss" in row and row["step"] > best[0] for row in self.rows) >= patience
+
+    def check(self) -> None:
+        """Nothing that an adapter is kept as may hold what is no number.
+
+        Raises:
+            Diverged: it does.
+        """
+        trained = (parameter for parameter in self.learner.model.parameters() if parameter.requires_grad)
+        if not all(bool(parameter.isfinite().all()) for parameter in trained):
+            raise Diverged(
+                f"The adapter after step {self.step} holds numbers that are not finite, so it is not kept.",
+                "Lower learning_rate, and go on from the checkpoint before.",
+            )
+
+    def seconds_per_evaluation(self) -> float:
+        """About how long it takes to measure what is held out: its longest samples are, once."""
+        places = sorted(getattr(self.course.heldout, "places", ()), key=self.course.deck.corpus.tokens)
+        if not places:
+            return 0.0
+        corpus, batch = self.course.deck.corpus, self.course.recipe.batch_size
+        tried = places[-batch:]
+        began = time.perf_counter()
+        rows = [[corpus[place]] for place in tried]
+        summed_loss(self.learner.model, rows, self.course.padding, batch, self.trainer.args.device)
+        tokens = sum(map(corpus.tokens, tried))
+        return (time.perf_counter() - began) * sum(map(corpus.tokens, places)) / tokens
 
     def keep(self) -> None:
         """Leave a checkpoint of the last whole step, unless there is one, or this is one of several processes."""
@@ -201,9 +253,11 @@ class _Trainer(transformers.Trainer):
             total, count = self.accelerator.reduce(both, "sum").tolist()
         loss = total / count if count else math.nan
         if not math.isfinite(loss):
-            raise Diverged(
+            error = Diverged(
                 f"The held-out loss after step {self.state.global_step} is no number.", "Lower learning_rate."
             )
+            error.measured = True
+            raise error
         self.log({"eval_loss": loss})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {"eval_loss": loss})
         self._judge()
@@ -211,13 +265,12 @@ class _Trainer(transformers.Trainer):
 
     def _judge(self) -> None:
         """Keep the best measurement, and stop after so many that were no better, where the recipe says so."""
-        patience, measured = self.teacher.course.recipe.early_stop, self.teacher.best
-        if not patience or not self.state.global_step or measured is None:
+        best = self.teacher.best
+        if not self.teacher.course.recipe.early_stop or not self.state.global_step or best is None:
             return
-        since = [row for row in self.state.log_history if "eval_loss" in row and row["step"] > measured[0]]
-        if measured[0] == self.state.global_step:
+        if best[0] == self.state.global_step:
             self.control.should_save = True
-        if len(since) >= patience:
+        if self.teacher.spent:
             self.control.should_training_stop = True
 
     # Checkpoints
@@ -228,6 +281,7 @@ class _Trainer(transformers.Trainer):
     def keep(self) -> None:
         """Write a checkpoint of the last whole step."""
         self.watch.lower()
+        self.teacher.check()
         step = self.state.global_step
         dice = [self.watch.dice]
         if self.args.world_size > 1:
@@ -242,6 +296,7 @@ class _Trainer(transformers.Trainer):
             "eval_loss": self._latest("eval_loss", step),
             "threads": torch.get_num_threads(),
             "processes": self.args.world_size,
+            "data": self.teacher.course.deck.corpus.digest(),
         }
         with publish.publication(checkpoints.place(self.teacher.folder, step), facts) as fresh:
             save_adapter(self.teacher.learner.model, fresh)

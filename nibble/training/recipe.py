@@ -7,6 +7,7 @@ flag or run.yaml. The defaults are the QLoRA tutorial's. Imports no torch. Knows
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
@@ -101,6 +102,10 @@ class Recipe:
         """The format that the base is loaded in."""
         return resolve(self.low_bit).name if self.method == "qlora" else "bf16"
 
+    def evaluations(self, steps: int) -> int:
+        """How often what is held out is measured in a run of so many steps."""
+        return 1 + math.ceil(steps / (self.eval_steps or self.save_steps)) if self.eval_share else 0
+
     def as_spec(self) -> dict[str, Any]:
         """Plain data that YAML and JSON can hold; `from_spec` reads it back."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
@@ -157,7 +162,7 @@ def _checked(item: Field[Any], value: Any) -> Any:
     try:
         made = cast(value)
     except (TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{item.name} is {str(value)[:60]!r}.", f"It must be {kind}.") from None
+        raise ConfigError(f"{item.name} is {reprlib.repr(value)}.", f"It must be {kind}.") from None
     least, most, choices = (item.metadata[key] for key in ("least", "most", "choices"))
     if choices and made not in choices:
         named = ", ".join(choice or "empty" for choice in choices)

@@ -21,7 +21,7 @@ import transformers
 from nibble.adapters import fingerprint
 from nibble.data.check import Report as Found
 from nibble.devices import Device, choose, free_memory
-from nibble.errors import NibbleError
+from nibble.errors import DataError, NibbleError
 from nibble.tasks import Report
 from nibble.training import checkpoints, feed, packing
 from nibble.training.feed import Corpus, Deck
@@ -70,7 +70,7 @@ def run(order: Order, report: Report, folder: Path, *, leads: bool = True) -> di
     session.note(*found.sentences(), *reader.encoder.notes)
     session.stop_id = reader.encoder.stop_id if _is_chat(found) else reader.tokenizer.eos_token_id
     device = choose(order.device)
-    start = _start(session, device)
+    start = _start(session, device, corpus)
     with _fitting(session, device), warnings.catch_warnings():
         # PEFT and accelerate use names of transformers that will go; a person can do nothing about it.
         warnings.simplefilter("ignore", FutureWarning)
@@ -88,8 +88,12 @@ def _is_chat(found: Found) -> bool:
     return found.detection is not None and found.detection.form != "text"
 
 
-def _start(session: Session, device: Device) -> checkpoints.Checkpoint | None:
-    """The checkpoint to go on from, where the order says so and there is one; torch is set up as it was then."""
+def _start(session: Session, device: Device, corpus: Corpus) -> checkpoints.Checkpoint | None:
+    """The checkpoint to go on from, where the order says so and there is one; torch is set up as it was then.
+
+    Raises:
+        DataError: it was written while the data set held other samples.
+    """
     if not session.order.resume:
         return None
     for name in checkpoints.drop_broken(session.folder) if session.leads else ():
@@ -98,6 +102,11 @@ def _start(session: Session, device: Device) -> checkpoints.Checkpoint | None:
     if found is None:
         session.note("There is no whole checkpoint yet: the run begins anew.")
         return None
+    if found.facts.get("data", corpus.digest()) != corpus.digest():
+        raise DataError(
+            f"{session.order.recipe.data} has changed since step {found.step}, from which this run would go on.",
+            "Put the data set back as it was, or start a new run.",
+        )
     session.note(f"The run goes on from step {found.step}.")
     if device.kind == "cpu" and isinstance(found.facts.get("threads"), int):
         # Sums are split among threads: another number of them would give other last bits.
@@ -159,14 +168,14 @@ def _measure(session: Session, teacher: Teacher, found: Found, device: Device) -
     steps = teacher.course.steps if session.order.recipe.epochs else session.order.recipe.max_steps
     free, before = free_memory(device.kind), peak_memory(device)
     teacher.train()
-    seconds, peak = teacher.seconds_per_step, peak_memory(device)
-    rows = teacher.course.deck.rows
+    seconds, measuring = teacher.seconds_per_step, teacher.seconds_per_evaluation()
+    peak, rows = peak_memory(device), teacher.course.deck.rows
     model = teacher.learner.model
     return {
         "dry_run": True,
         "seconds_per_step": seconds,
         "peak_memory_bytes": peak,
-        "total_s": seconds * steps,
+        "total_s": seconds * steps + measuring * session.order.recipe.evaluations(steps),
         "steps": steps,
         "samples": sum(map(len, rows)),
         "trained_tokens": teacher.course.deck.corpus.trained(place for row in rows for place in row),
@@ -189,6 +198,7 @@ def _train(session: Session, teacher: Teacher, reader: Reader, start: checkpoint
     except BaseException:
         # A stop. The adapter first: it is what the person would miss most.
         with suppress(NibbleError, OSError):
+            teacher.check()
             if session.leads and teacher.step:
                 _publish(session, teacher, reader, origin, teacher.learner.model)
             teacher.keep()
@@ -222,17 +232,13 @@ def _publish(session: Session, teacher: Teacher, reader: Reader, origin: Origin,
         "heldout": {
             "data": recipe.data, "columns": dict(recipe.columns), "leave_out": recipe.leave_out,
             "share": recipe.eval_share, "seed": recipe.seed, "max_length": reader.encoder.max_length,
-            "samples": len(teacher.course.heldout),
+            "samples": len(teacher.course.heldout), "digest": teacher.course.deck.corpus.digest(),
         },
         "stop_token_id": session.stop_id,
         "steps": teacher.step,
-        "partial": teacher.step < teacher.course.steps and not _stopped_early(teacher),
+        "partial": teacher.step < teacher.course.steps and not teacher.spent,
     }  # fmt: skip
     publish_adapter(order.target, source, origin, facts)
-
-
-def _stopped_early(teacher: Teacher) -> bool:
-    return bool(teacher.course.recipe.early_stop) and bool(teacher.trainer.control.should_training_stop)
 
 
 def losses(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
