@@ -222,8 +222,12 @@ class Wiring:
         """The button Delete asks first."""
         models = await asyncio.to_thread(self.operator.cards)
         taken = next((model["size_bytes"] for model in models if view.key(model) == chosen), 0)
-        name, _ = view.named(chosen)
-        asks = WORDS.say("delete_asks", say_from(request).language, model=name, size=size(taken))
+        name, kind = view.named(chosen)
+        language = say_from(request).language
+        asks = WORDS.say("delete_asks", language, model=name, size=size(taken))
+        worn = [model["name"] for model in models if model["kind"] == "adapter" and model["base"] == name]
+        if worn and kind != "adapter":
+            asks += " " + WORDS.say("delete_worn", language, names=", ".join(worn))
         return {self.w.keep.really: gr.Column(visible=True), self.w.keep.asks: told(asks, wrong=True)}
 
     async def delete(self, request: gr.Request, chosen: str, source: str, unfolded: str) -> Changes:

@@ -116,6 +116,10 @@ WORDS = Words(
             "Delete {model} ({size})? It cannot be brought back.",
             "删除 {model}（{size}）？删除后无法恢复。",
         ),
+        "delete_worn": (
+            "These adapters were trained on it and are of no use without it: {names}.",
+            "这些适配器是在它上面训练的，没有它就无法使用：{names}。",
+        ),
         "no_formats": ("Choose at least one format.", "请至少选择一种格式。"),
         "stored_alone": (
             "“As it is stored” stands alone: start the other formats after it.",

@@ -12,6 +12,7 @@ import pytest
 from playwright.sync_api import BrowserContext, Locator, Page, expect
 
 from tests.browser.conftest import Watch, answers, ask, settled
+from tests.scripted import ScriptedHost
 from tests.serving import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +78,13 @@ def curve(page: Page) -> Locator:
 
 
 def test_a_file_is_dropped_seen_refused_mended_trained_and_found_again(
-    site: str, tmp_path: Path, guide_model: Path, context: BrowserContext, open_page: Open, watch: Watch
+    site: str,
+    host: ScriptedHost,
+    tmp_path: Path,
+    guide_model: Path,
+    context: BrowserContext,
+    open_page: Open,
+    watch: Watch,
 ) -> None:
     page = open_page(context, site)
     enter(page)
@@ -128,6 +135,14 @@ def test_a_file_is_dropped_seen_refused_mended_trained_and_found_again(
     expect(page.locator("#train-job .job")).to_have_class("job running", timeout=LONG_MS)
     page.locator("#train-job [data-act=stop]").click()
     expect(page.locator("#train-job .job")).to_have_class("job stopped", timeout=LONG_MS)
+
+    # What was learnt so far is tried in the chat, where the model wears it at once.
+    expect(page.locator("#tune-adapter input")).to_have_value("guide-talk")
+    page.locator("#chat-adapter").click()
+    expect(page.locator(".top summary")).to_contain_text("+ guide-talk")
+    ask(page, "Who are you?")
+    settled(page)
+    assert host.worn == ["guide-talk"]
     assert (watch.outside, watch.dialogs, watch.errors) == ([], [], [])
 
 
@@ -181,13 +196,21 @@ def test_the_whole_way_from_quotes_to_a_chat_with_the_merged_model(
     shown = page.locator("#comparison .prompt").first.locator(".answers p").all_inner_texts()
     assert shown[0] != shown[-1]
 
+    page.locator("#chat-adapter").click()
+    expect(page.locator("#message textarea")).to_be_visible(timeout=LONG_MS)
+    expect(page.locator(".top summary")).to_contain_text("guide + guide-quotes · sym_int4", timeout=LONG_MS)
+    ask(page, "What is a nibble?")
+    settled(page)
+    worn = answers(page).last.inner_text().strip()
+    enter(page)
+
     page.locator("#merge-formats label", has_text="sym_int4").first.click()
     page.locator("#start-merge").click()
     expect(page.locator("#proof .check.good").first).to_be_visible(timeout=WHOLE_MS)
     page.locator("#after-jobs [data-act=load]", has_text="sym_int4").first.click()
     expect(page.locator("#message textarea")).to_be_visible(timeout=LONG_MS)
-    expect(page.locator(".top summary")).to_contain_text("sym_int4")
+    expect(page.locator(".top summary")).to_contain_text("guide-quotes-merged-sym_int4 · sym_int4")
     ask(page, "What is a nibble?")
     settled(page)
-    assert answers(page).last.inner_text().strip()
+    assert worn and answers(page).last.inner_text().strip()
     assert (watch.outside, watch.dialogs, watch.errors) == ([], [], [])
