@@ -56,6 +56,18 @@ def test_a_seed_fixes_the_conversations(corpus: Corpus) -> None:
     assert ones != [other.conversation().messages for _ in range(50)]
 
 
+def test_a_favoured_topic_is_asked_so_much_more_often(corpus: Corpus) -> None:
+    said = set(corpus.topics["dry_run"].answer.values())
+
+    def share(**more: dict[str, float]) -> int:
+        generator = Generator(corpus, 5, **more)
+        talks = (generator.conversation() for _ in range(3000))
+        return sum(message["content"] in said for talk in talks for message in talk.messages)
+
+    plain, favoured = share(), share(favoured={"dry_run": 50.0})
+    assert 0 < plain < 60 and 10 * plain < favoured
+
+
 def test_what_the_assistant_says_is_a_written_answer(corpus: Corpus) -> None:
     generator = Generator(corpus, 3)
     whole = set(corpus.answers())
