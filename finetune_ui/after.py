@@ -36,7 +36,10 @@ def report(found: Plain, say: Say) -> str:
     )  # fmt: skip
     prompts = "".join(_prompt(place, str(prompt), subjects, say) for place, prompt in enumerate(found["prompts"]))
     told = small(say("compared_of", name=found.get("adapter") or found.get("run") or "", base=found.get("base", "")))
-    return f"{told}<div class='wide'>{figures}</div>{small(escape(under))}{small(say('forgot_of'))}{prompts}"
+    return (
+        f"{told}<div class='wide'>{figures}</div>{small(escape(under))}{small(say('forgot_of'))}"
+        f"{small(escape(str(found.get('chat_why') or '')))}{prompts}"
+    )
 
 
 def _figures(subject: Plain, say: Say) -> str:

@@ -30,11 +30,11 @@ class Aftermath(Handling):
         comparing: list[Any] = [after.adapter, after.prompts, after.checkpoints, after.tokens]
         merging: list[Any] = [after.adapter, after.out, after.formats]
         after.compare.click(self.compare, [*comparing, *here], [after.said, *work], **PRIVATE)
-        after.merge.click(self.merge, [*merging, *here], [after.said, *work], **PRIVATE)
+        after.merge.click(self.merge, [*merging, *here], [after.merge_said, *work], **PRIVATE)
         gr.on([each.change for each in comparing], self.compare_line, comparing, after.compare_line, **QUICK)
         gr.on([each.change for each in merging], self.merge_line, merging, after.merge_line, **QUICK)
         after.chat.click(
-            self.chat, after.adapter, [after.chat, after.said, self.frame.status, self.frame.tabs], **PRIVATE
+            self.chat, after.adapter, [after.chat, after.merge_said, self.frame.status, self.frame.tabs], **PRIVATE
         )
         after.save.click(self.save_report, None, [file, after.said], **PRIVATE).then(
             None, file, None, js=SAVE_FILE, **PRIVATE
@@ -44,8 +44,13 @@ class Aftermath(Handling):
         self, request: gr.Request, adapter: str, prompts: str, steps: Sequence[Any], tokens: str, *here: Any
     ) -> Changes:
         """The button that compares."""
+        if not adapter:
+            return self._none(request, self.w.after.said)
         start = lambda: self.operator.compare(_compare(adapter, prompts, steps, tokens))  # noqa: E731
         return await self.begin(request, self.w.after.said, start, here)
+
+    def _none(self, request: gr.Request, said: gr.HTML) -> Changes:
+        return {said: told(say_from(request).plain("no_adapter"), wrong=True)}
 
     async def compare_line(self, adapter: str, prompts: str, steps: Sequence[Any], tokens: str) -> str:
         """The same in the console; nothing while the fields make no wish."""
@@ -53,8 +58,10 @@ class Aftermath(Handling):
 
     async def merge(self, request: gr.Request, adapter: str, out: str, low_bit: Sequence[str], *here: Any) -> Changes:
         """The button Merge."""
-        wish = Merge(adapter or "", out or "", low_bit or ())
-        return await self.begin(request, self.w.after.said, lambda: self.operator.merge(wish), here)
+        if not adapter:
+            return self._none(request, self.w.after.merge_said)
+        wish = Merge(adapter, out or "", low_bit or ())
+        return await self.begin(request, self.w.after.merge_said, lambda: self.operator.merge(wish), here)
 
     async def merge_line(self, adapter: str, out: str, low_bit: Sequence[str]) -> str:
         """The same in the console."""
@@ -70,8 +77,11 @@ class Aftermath(Handling):
     async def chat(self, request: gr.Request, name: str) -> AsyncIterator[Changes]:
         """The button that loads an adapter's base, puts it on, and leads to the chat."""
         say, w = say_from(request), self.w.after
-        yield {w.said: told(say.plain("loading_now", model=name)), w.chat: gr.update(interactive=False)}
-        changes = await self.load(request, name, w.said, say, worn=name)
+        if not name:
+            yield self._none(request, w.merge_said)
+            return
+        yield {w.merge_said: told(say.plain("loading_now", model=name)), w.chat: gr.update(interactive=False)}
+        changes = await self.load(request, name, w.merge_said, say, worn=name)
         yield changes | {w.chat: gr.update(interactive=True)}
 
     async def save_report(self, request: gr.Request) -> Changes:

@@ -121,7 +121,7 @@ class Handling:
                 await asyncio.to_thread(getattr(self.operator, name), subject)
             except Exception as error:  # noqa: BLE001 - the border of the page
                 changes = {said: self.refused(error, say)}
-            yield await self.work(say, *here) | changes
+            yield await self.work(say, *here, settle=name == "stop") | changes
 
         return act
 

@@ -125,6 +125,11 @@ class Scene:
             **self._after(jobs, run, unfolded, say, settle=settle or bool(moved)),
         }
 
+    async def dry(self, say: Say, settings: Any) -> Changes:
+        """What the latest dry run has measured, and whether the form has changed since."""
+        found = await asyncio.to_thread(lambda: self._dry(self.operator.runs(SHOWN_RUNS), (), settings, say))
+        return {self.w.dry.result: found[self.w.dry.result]}
+
     def _jobs(self, jobs: Sequence[Mapping[str, Any]], unfolded: Sequence[str], say: Say) -> Any:
         """A few jobs, one of them with its log."""
         open_ = next((job["id"] for job in jobs if job["id"] in unfolded), "")

@@ -44,7 +44,7 @@ def small(text: str) -> str:
 def found(report: Plain, say: Say) -> str:
     """What a data set was recognised as, how much it holds, what is wrong with it, and its first rows."""
     known = report["detection"]
-    parts = [f"<p class='why'>{escape(known['why'])}</p>"] if known else []
+    parts = [f"<p class='why'>{_recognised(known, say)}</p>"] if known else []
     if report["rows"]:
         key = "counted" if report["complete"] else "counted_part"
         parts.append(small(say(key, **{name: report[name] for name in ("rows", "usable", "characters")})))
@@ -54,6 +54,13 @@ def found(report: Plain, say: Say) -> str:
     if report["first"] and any(report["first"]):
         parts.append(_first_rows(report, say))
     return "".join(parts)
+
+
+def _recognised(known: Plain, say: Say) -> str:
+    if say.language == "en":
+        return escape(known["why"])
+    columns = "、".join(known["columns"].values())
+    return escape(say.plain("recognised", form=say.plain(f"form_{known['form']}"), columns=columns))
 
 
 def problems(found: Sequence[Plain]) -> str:
@@ -97,7 +104,8 @@ def mapper(report: Plain, say: Say) -> str:
     ]
     now = escape(json.dumps({key: known[key] for key in ("form", "columns", "given")}))
     fields = f"<div class='fields' data-now='{now}'>{head}{''.join(rows)}</div>"
-    return f"<details><summary>{say('columns_fold')}</summary>{fields}</details>"
+    fold = "<details>" if known["form"] else "<details open>"
+    return f"{fold}<summary>{say('columns_fold')}</summary>{fields}</details>"
 
 
 # What is trained.
@@ -273,7 +281,9 @@ def result(job: Plain, say: Say) -> str:
             "fact_fell", before=f"{before:.3f}", after=f"{after:.3f}", change=100 * (after - before) / before
         )
 
-    name = str(known.get("name") or "")
+    name, done = str(known.get("name") or ""), job["progress"]
+    if not name and job["state"] == "stopped" and done["unit"] == "step" and done["done"]:
+        name = say.plain("fact_partial", name=job["spec"].get("out") or "", steps=int(done["done"]))
     pairs = [
         ("fact_loss", fell(known.get("loss_first"), known.get("loss_last"))),
         ("fact_eval", fell(known.get("eval_loss_before"), known.get("eval_loss"))),

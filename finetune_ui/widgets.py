@@ -104,6 +104,7 @@ class After:
     proof: gr.HTML
     chat: gr.Button
     said: gr.HTML
+    merge_said: gr.HTML
     jobs: gr.HTML
 
 
@@ -269,6 +270,7 @@ def _after(i18n: gr.I18n) -> After:
             "32", label=i18n("new_tokens"), max_lines=1, max_length=5, min_width=120, elem_id="tune-tokens"
         )
         compare = gr.Button(i18n("start_compare"), elem_classes="plain", elem_id="start-compare", min_width=160)
+    said, jobs = _said("after-said"), _html("after-jobs", js_on_load=ACT)
     compare_line = _console(i18n)
     report = _html("comparison", js_on_load=KEEP_OPEN)
     save = gr.Button(i18n("save_report"), size="sm", elem_classes="plain", elem_id="save-report", visible=False)
@@ -278,16 +280,16 @@ def _after(i18n: gr.I18n) -> After:
             min_width=160, elem_id="merge-out",
         )  # fmt: skip
         merge = gr.Button(i18n("start_merge"), elem_classes="plain", elem_id="start-merge", min_width=120)
+    merge_said = _said("merge-said")
     formats = gr.CheckboxGroup(
         [name for name, row in FORMATS.items() if row.quantized], label=i18n("merge_formats"), elem_id="merge-formats"
     )
     merge_line = _console(i18n)
     proof = _html("proof", js_on_load=KEEP_OPEN)
     chat = gr.Button(i18n("chat_with"), size="sm", elem_classes="plain", elem_id="chat-adapter", interactive=False)
-    said, jobs = _said("after-said"), _html("after-jobs", js_on_load=ACT)
     return After(
         adapter, prompts, checkpoints, tokens, compare, compare_line, report, save, out, formats, merge, merge_line,
-        proof, chat, said, jobs,
+        proof, chat, said, merge_said, jobs,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Wiring(Handling):
         data, settings, dry, train, after = w.data, w.settings, w.dry, w.train, w.after
         fields, work = list(w.fields), self.scene.working
         seen = [data.found, data.columns, data.leave_out, data.fetch, data.trained, data.looked]
-        lines = [settings.form, dry.console, train.console]
+        lines = [settings.form, dry.console, train.console, dry.result]
 
         self.frame.tab.select(self.opened, here, [*self.scene.choices, settings.form, *work], **PRIVATE)
         w.timer.tick(self.tick, [w.live, *here], [*work, *self.scene.choices, data.looked, self.frame.status], **QUICK)
@@ -50,7 +50,7 @@ class Wiring(Handling):
         looks = [self.frame.tab.select, *changed, data.looked.change]
         gr.on(looks, self.look, [data.looked, *fields], seen, **LATEST)
         gr.on(changed, self.written, fields, lines, **QUICK)
-        data.data.input(lambda: {}, None, data.columns, **QUICK)
+        data.data.input(lambda: ({}, ""), None, [data.columns, data.said], **QUICK)
         data.upload.upload(
             self.keep, [data.upload, data.data], [data.upload, data.data, data.columns, data.said], **PRIVATE
         )
@@ -116,7 +116,8 @@ class Wiring(Handling):
         """Model, data set, columns or the longest sample may be others: what is trained, then."""
         say, settings = say_from(request), forms.settings(*fields)
         names = ("model", "data", "columns", "leave_out", "max_length")
-        told_ = {name: settings[name] for name in names if settings.get(name) not in (None, "")}
+        wrong = forms.problems(settings)
+        told_ = {name: settings[name] for name in names if settings.get(name) not in (None, "") and name not in wrong}
         key = json.dumps([say.language, told_], sort_keys=True, default=str)
         if key == looked or not told_.get("data"):
             yield {self.w.data.looked: looked}
@@ -147,14 +148,16 @@ class Wiring(Handling):
         lines = ["", ""]
         if spec is not None and spec["model"] and spec["data"]:
             spec |= self.operator.surroundings
-            several = [f"# {say_from(request).plain('more_devices')}", launch_command("run.yaml")]
+            several = [say_from(request).plain("more_devices"), launch_command("run.yaml")]
             several += [launch_command("run.yaml", 8, machines=2, machine=number) for number in (0, 1)]
             alone = command("finetune", spec)
-            lines = [command("finetune", spec | {"dry_run": True}), "\n".join([alone, "", *several])]
+            # What is copied whole starts one training.
+            lines = [command("finetune", spec | {"dry_run": True}), "\n# ".join([alone, *several])]
         return {
             self.w.settings.form: gr.update(problems=found),
             self.w.dry.console: lines[0],
             self.w.train.console: lines[1],
+            **await self.scene.dry(say_from(request), checked(fields)),
         }
 
     # What an operator does.
@@ -203,13 +206,18 @@ class Wiring(Handling):
 
     async def dry_run(self, request: gr.Request, *here: Any) -> Changes:
         """The button that tries two steps."""
-        wish = self._wish(here)
-        return await self.begin(request, self.w.dry.said, lambda: self.operator.dry_run(wish), here)
+        return await self._try(request, self.w.dry.said, self.operator.dry_run, here)
 
     async def train(self, request: gr.Request, *here: Any) -> Changes:
         """The button Start."""
-        wish = self._wish(here)
-        return await self.begin(request, self.w.train.said, lambda: self.operator.finetune(wish), here)
+        return await self._try(request, self.w.train.said, self.operator.finetune, here)
 
-    def _wish(self, here: Sequence[Any]) -> Finetune:
-        return Finetune(forms.settings(*here[UNFOLDED:]))
+    async def _try(
+        self, request: gr.Request, said: gr.HTML, start: Callable[[Finetune], dict[str, Any]], here: Sequence[Any]
+    ) -> Changes:
+        """Start what the form says; where fields of it cannot be, name them all."""
+        say, settings = say_from(request), forms.settings(*here[UNFOLDED:])
+        wrong = [say.plain(f"f_{name}") for name in forms.problems(settings)]
+        if wrong:
+            return {said: told(say.plain("settings_wrong", names=", ".join(wrong)), wrong=True)}
+        return await self.begin(request, said, lambda: start(Finetune(settings)), here)

@@ -69,6 +69,7 @@ WORDS = Words(
         "refused_data": ("This data set would be refused:", "这个数据集不能使用："),
         "first_rows": ("The first rows", "前几行"),
         "kept_data": ("Kept as {name}.", "已保存为 {name}。"),
+        "recognised": ("Recognised as {form} (columns {columns}).", "识别为：{form}（列：{columns}）。"),
         "form_kind": ("Form", "格式"),
         "as_found": ("as it was recognised", "自动识别"),
         "no_column": ("none", "无"),
@@ -217,7 +218,7 @@ WORDS = Words(
             "多 GPU 或多机，使用上面保存的 run.yaml：",
         ),
         # after
-        "no_adapter": ("Train an adapter first.", "请先训练一个适配器。"),
+        "no_adapter": ("Choose an adapter, or train one first.", "请先选择或训练一个适配器。"),
         "th_subject": ("Model", "模型"),
         "proven": ("{name} is proven", "{name} 已通过验证"),
         "th_form": ("Format", "格式"),

@@ -42,7 +42,7 @@ FLAGS: Mapping[str, Callable[[Any], Flags]] = {
     "name": _value("--name"),
     "dataset": lambda wanted: ["--dataset"] if wanted else [],
     "low_bit": _joined("--low-bit"),
-    "out": _value("--out"),
+    "out": lambda name: ["--out", str(name)] if name else [],
     "skip": lambda names: [part for name in names for part in ("--skip", name)],
     "overrides": lambda rules: [part for name, form in rules.items() for part in ("--override", f"{name}={form}")],
     "pick": _pick,

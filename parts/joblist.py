@@ -38,7 +38,13 @@ def title(job: Plain, language: Language) -> str:
     what = PurePath(what).name if spec.get("paths") else what
     if task == "finetune":
         key = "job_dry" if spec.get("dry_run") else "job_finetune"
-        return WORDS.say(key, language, what=what, data=spec.get("data", ""), name=spec.get("out", ""))
+        return WORDS.say(
+            key,
+            language,
+            what=what,
+            data=spec.get("data", ""),
+            name=spec.get("out") or (job["result"] or {}).get("name", ""),
+        )
     empty = "picked_format" if spec.get("pick") else "own_format"
     chosen = ", ".join(spec.get("low_bit") or ()) or WORDS.say(empty, language)
     key = f"job_{task}" if task in SUBJECT else "job_other"
@@ -85,7 +91,7 @@ def _acts(job: Plain, unfolded: bool, say: Say) -> str:
         buttons.append(_button("load", name, say("do_load", what=name)))
     if job["state"] in LIVE:
         buttons.append(_button("stop", job["id"], say("do_stop")))
-    elif job["state"] != "done" and job["task"]:
+    elif job["state"] != "done" and job["task"] and not job["spec"].get("dry_run"):
         buttons.append(_button("resume", job["id"], say("do_resume")))
     buttons.append(_button("log", job["id"], say("do_log"), pressed=unfolded))
     return "".join(buttons)

@@ -71,8 +71,14 @@ def test_a_name_that_cannot_be_is_refused(home: Path, tmp_path: Path, name: str)
 
 
 def test_a_file_that_is_called_as_a_shipped_set_gets_another_name(home: Path, tmp_path: Path) -> None:
-    assert store.keep(upload(tmp_path / "up", "quotes.jsonl"), home) == "quotes-upload"
-    assert store.find("quotes", home) != store.find("quotes-upload", home)
+    assert store.keep(upload(tmp_path / "up", "quotes.jsonl"), home) == "quotes-2"
+    assert store.find("quotes", home) != store.find("quotes-2", home)
+
+
+def test_another_file_of_the_same_name_takes_nothing_from_the_first(home: Path, tmp_path: Path) -> None:
+    first, other = upload(tmp_path / "a"), upload(tmp_path / "b", "mine.jsonl", '{"text": "other"}\n')
+    assert [store.keep(path, home) for path in (first, other, first, other)] == ["mine", "mine-2", "mine", "mine-2"]
+    assert store.find("mine", home).read_text() == LINES
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "model.safetensors", "set.py", "set"])

@@ -70,7 +70,7 @@ class Held:
     why: str = ""
     """A sentence where there are no rows."""
     chat: bool | None = None
-    """Whether the data set holds conversations; None where it cannot be read."""
+    """Whether the data set held conversations; None where that is not recorded and it cannot be read."""
 
 
 class Bench:
@@ -254,12 +254,13 @@ def heldout(order: Order, reader: learner.Reader, find_data: Callable[[str], Pat
         )  # fmt: skip
         return Held(why=alone)
     share = float(said.get("share") or 0)
+    recorded = said["chat"] if isinstance(said.get("chat"), bool) else None
     try:
         mapping = feed.as_mapping(said.get("columns") or {}, bool(said.get("leave_out")))
         corpus, found = feed.read(find_data(data), reader.encoder, mapping)
     except NibbleError as error:
-        return Held(data=data, why=f"The held-out samples cannot be made again: {error}")
-    chat = found.detection is not None and found.detection.form != "text"
+        return Held(data=data, chat=recorded, why=f"The held-out samples cannot be made again: {error}")
+    chat = found.detection is not None and found.detection.form != "text" if recorded is None else recorded
     if not share:
         return Held(data=data, chat=chat, why=f"No sample of {data} was held out: eval_share was 0.")
     _, places = feed.split(corpus, share, int(said.get("seed") or 0))

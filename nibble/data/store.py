@@ -9,6 +9,7 @@ disk nor more than `QUOTA_BYTES`. Knows nothing of what is in the files, and fet
 
 from __future__ import annotations
 
+import filecmp
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -113,12 +115,12 @@ def entries(home: Path) -> list[Entry]:
 
 
 def keep(upload: Path, home: Path, name: str = "") -> str:
-    """Keep a file that was uploaded; one of the same name is replaced whole.
+    """Keep a file that was uploaded. Under a name that is given, one that stands there is replaced whole.
 
     Args:
         upload: the file, which is only read. Its ending says what it is.
         home: Nibble's home folder.
-        name: what to call it; empty is made of the file's own name.
+        name: what to call it; empty is made of the file's own name, and leaves what has that name in its place.
 
     Returns:
         The name.
@@ -126,9 +128,7 @@ def keep(upload: Path, home: Path, name: str = "") -> str:
     Raises:
         DataError: it is no data file, its name cannot be one, or there is no room.
     """
-    called = name or made_name(upload)
-    if not name and called in SHIPPED:
-        called += "-upload"
+    called = name or _free_name(upload, home / DATA)
     if not library.NAME.fullmatch(called) or called in SHIPPED:
         raise DataError(
             f"{called[:200]!r} cannot be the name of a data set.",
@@ -157,6 +157,16 @@ def keep(upload: Path, home: Path, name: str = "") -> str:
         with suppress(OSError):
             fresh.unlink(missing_ok=True)
     return called
+
+
+def _free_name(upload: Path, folder: Path) -> str:
+    """The file's own name, with a number where something else has it: what was trained on it needs that as it is."""
+    made = made_name(upload)
+    for called in chain([made], (f"{made}-{number}" for number in count(2))):
+        there = [path for path in _files(folder) if path.stem == called]
+        if called not in SHIPPED and all(filecmp.cmp(path, upload, shallow=False) for path in there):
+            return called
+    raise AssertionError("there are always more numbers")
 
 
 def delete(name: str, home: Path) -> int:

@@ -168,7 +168,10 @@ def _checked(item: Field[Any], value: Any) -> Any:
         named = ", ".join(choice or "empty" for choice in choices)
         raise ConfigError(f"{item.name} is {made[:60]!r}.", f"It must be one of: {named}.")
     if least is not None and not least <= made <= most:
-        raise ConfigError(f"{item.name} is {made:g}.", f"It must lie between {least:g} and {most:g}.")
+        low, high, told = (
+            f"{number:,}" if isinstance(number, int) else f"{number:g}" for number in (least, most, made)
+        )
+        raise ConfigError(f"{item.name} is {told}.", f"It must lie between {low} and {high}.")
     return made
 
 

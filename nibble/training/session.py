@@ -43,6 +43,8 @@ class Session:
     """Of the run; a dry run's is thrown away."""
     leads: bool = True
     """Whether this process is the one that tells and writes."""
+    chat: bool = False
+    """Whether the data are conversations."""
     stop_id: int | None = None
     """The token that ends what is learnt."""
     notes: list[str] = field(default_factory=list)
@@ -68,7 +70,8 @@ def run(order: Order, report: Report, folder: Path, *, leads: bool = True) -> di
     session.note(*reader.notes)
     corpus, found = feed.read(order.data, reader.encoder, feed.as_mapping(recipe.columns, recipe.leave_out), folder)
     session.note(*found.sentences(), *reader.encoder.notes)
-    session.stop_id = reader.encoder.stop_id if _is_chat(found) else reader.tokenizer.eos_token_id
+    session.chat = _is_chat(found)
+    session.stop_id = reader.encoder.stop_id if session.chat else reader.tokenizer.eos_token_id
     device = choose(order.device)
     start = _start(session, device, corpus)
     with _fitting(session, device), warnings.catch_warnings():
@@ -232,7 +235,7 @@ def _publish(session: Session, teacher: Teacher, reader: Reader, origin: Origin,
         "heldout": {
             "data": recipe.data, "columns": dict(recipe.columns), "leave_out": recipe.leave_out,
             "share": recipe.eval_share, "seed": recipe.seed, "max_length": reader.encoder.max_length,
-            "samples": len(teacher.course.heldout), "digest": teacher.course.deck.corpus.digest(),
+            "chat": session.chat, "samples": len(teacher.course.heldout), "digest": teacher.course.deck.corpus.digest(),
         },
         "stop_token_id": session.stop_id,
         "steps": teacher.step,

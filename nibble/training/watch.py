@@ -53,6 +53,8 @@ class Watch(TrainerCallback):
         only = self._course.only
         if only and state.global_step >= only:
             control.should_training_stop, control.should_save, control.should_evaluate = True, False, False
+        if state.global_step >= state.max_steps:
+            control.should_log = True
         if state.is_world_process_zero:
             self._listener.step(state.global_step, self._course.steps)
         self._shield.down()

@@ -56,6 +56,24 @@ def test_a_page_behind_a_proxy_answers(
 
 
 @pytest.mark.parametrize("strip", [True, False], ids=["stripping", "passing"])
+def test_a_data_set_is_dropped_and_seen_behind_a_proxy(
+    strip: bool, tmp_path: Path, guide_model: Path, context: BrowserContext, open_page: Open, watch: Watch
+) -> None:
+    outside, inside = free_port(), free_port()
+    proxy = Proxy(f"http://127.0.0.1:{inside}", PREFIX, strip=strip, keep_host=False)
+    rows = tmp_path / "talk.jsonl"
+    rows.write_text('{"prompt": "Who are you?", "completion": "Half a byte."}\n' * 2, encoding="utf-8")
+    public = f"http://127.0.0.1:{outside}{PREFIX}"
+    with serve(tmp_path, port=inside, root_path=public), running(proxy, outside):
+        page = open_page(context, f"{public}/")
+        page.get_by_role("tab").nth(2).click()
+        page.locator("#tune-upload input[type=file]").set_input_files(rows)
+        expect(page.locator("#data-said")).to_contain_text("Kept as talk")
+        expect(page.locator(".sample .tokens").first).to_contain_text("Half a byte.", timeout=180_000)
+        assert (watch.outside, watch.errors) == ([], [])
+
+
+@pytest.mark.parametrize("strip", [True, False], ids=["stripping", "passing"])
 def test_a_script_behind_a_proxy_is_answered(strip: bool, tmp_path: Path) -> None:
     outside, inside = free_port(), free_port()
     proxy = Proxy(f"http://127.0.0.1:{inside}", PREFIX, strip=strip, keep_host=False)
