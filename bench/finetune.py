@@ -33,8 +33,8 @@ SIDES = ("peer", "plain", "ours")
 TARGETS: dict[str, Any] = {"qkv": ["q_proj", "k_proj", "v_proj"], "all-linear": "all-linear"}
 WARM_UP = 2
 
-ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-"""Of every side: threads that spin while they wait for each other would measure what else the machine does."""
+ENVIRONMENT = {**os.environ, "GOMP_SPINCOUNT": "5000", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+"""Of every side, as in the task: threads that spin for long while they wait would measure what else the machine does."""
 
 
 def load(side: str, folder: Path) -> Any:
@@ -77,11 +77,14 @@ class Training:
         import peft
         import torch
 
+        from nibble.lowbit.linear import keep_memory
         from nibble.qlora import LoraConfig, get_peft_model, prepare_model_for_kbit_training
         from nibble.training.loss import frugal
 
         torch.manual_seed(0)
         self.side = side
+        if side == "ours":
+            keep_memory()
         model = prepare_model_for_kbit_training(load(side, folder), arguments.checkpointing[0] == "on")
         config = LoraConfig(
             r=8, lora_alpha=32, lora_dropout=0.05, target_modules=TARGETS[arguments.targets[0]], task_type="CAUSAL_LM"

@@ -55,8 +55,7 @@ class Recipe:
     workers: int = 4
     all: bool = False  # train on the development set too
     start: str = ""  # the folder of a trained model to go on from
-    since: str = ""  # the folder of the model that says what is news; empty: the start
-    favour: float = 8.0  # how much more often a topic is asked whose answer that model does not know
+    favour: float = 8.0  # how much more often a topic is asked whose answer the start does not know
 
 
 def model_config(vocabulary: int) -> Qwen2Config:
@@ -223,11 +222,8 @@ def first_model(recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer) -> tuple[A
     """The float32 model that training begins with, on the CPU, and the topics to ask more often."""
     if not recipe.start:
         return Qwen2ForCausalLM(model_config(tokenizer.get_vocab_size())), frozenset()
-    model, before = (
-        Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        for folder in (recipe.start, recipe.since or recipe.start)
-    )
-    return model, unknown_topics(before, tokenizer, corpus)
+    model = Qwen2ForCausalLM.from_pretrained(recipe.start, dtype=torch.float32).eval()
+    return model, unknown_topics(model, tokenizer, corpus)
 
 
 def train(recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer) -> Qwen2ForCausalLM:

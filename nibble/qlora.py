@@ -20,6 +20,7 @@ import transformers
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nibble.devices import choose
 from nibble.errors import ModelError
@@ -163,7 +164,13 @@ class Dropout(nn.Dropout):
 
 
 def quicken(model: Model) -> Model:
-    """Give the adapters on a model our dropout in the place of torch's; their weights and names stay."""
+    """Make a step faster that gives the same: our dropout in the place of torch's, and one layer less twice.
+
+    Gradient checkpointing would compute the last layer a second time right after the first.
+    """
+    again = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    for layer in again[-1:]:
+        layer.gradient_checkpointing = False
     for module in model.modules():
         if isinstance(module, LoraLayer):
             for name, dropout in module.lora_dropout.items():

@@ -291,6 +291,21 @@ def give_back_memory() -> None:
         trim(0)
 
 
+KEPT_BYTES = 2**27
+"""Of freed memory, what `keep_memory` lets lie at the end of the heap, and the largest piece that is taken from it."""
+
+
+def keep_memory() -> None:
+    """Let freed memory stay with this process, where the C library can (glibc): a training step takes it again at once.
+
+    Otherwise each step asks the system for the same hundred thousand pages.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
+            set_option(option, KEPT_BYTES)
+
+
 def kernel_name(model: nn.Module) -> str:
     """What serves one-token steps in most of a model's packed layers; empty where none is packed."""
     names = [module.kernel for module in model.modules() if isinstance(module, LowBitLinear)]

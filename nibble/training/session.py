@@ -22,6 +22,7 @@ from nibble.adapters import fingerprint
 from nibble.data.check import Report as Found
 from nibble.devices import Device, choose, free_memory
 from nibble.errors import DataError, NibbleError
+from nibble.lowbit.linear import keep_memory
 from nibble.tasks import Report
 from nibble.training import checkpoints, feed, packing
 from nibble.training.feed import Corpus, Deck
@@ -64,6 +65,7 @@ def run(order: Order, report: Report, folder: Path, *, leads: bool = True) -> di
     transformers.logging.disable_progress_bar()
     session = Session(order, report, folder, leads)
     recipe = order.recipe
+    keep_memory()
     if leads:
         report.progress(0, 0, "", "prepare")
     reader = open_reader(order.base, recipe.max_length, trusted=order.trusted)
