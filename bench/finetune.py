@@ -34,7 +34,7 @@ TARGETS: dict[str, Any] = {"qkv": ["q_proj", "k_proj", "v_proj"], "all-linear": 
 WARM_UP = 2
 
 ENVIRONMENT = {**os.environ, "GOMP_SPINCOUNT": "5000", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-"""Of every side, as in the task: threads that spin for long while they wait would measure what else the machine does."""
+"""Of every side, as in the task: threads that spin long while they wait would measure what else the machine does."""
 
 
 def load(side: str, folder: Path) -> Any:

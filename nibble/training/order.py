@@ -24,7 +24,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "GOMP_SPINCOUNT": "5000",
 }
-"""Of the libraries, unless set already. Progress bars would fill the log. Threads that spin for long while they wait for
+"""Of the libraries, unless set already. Progress bars would fill the log. Threads that spin long while they wait for
 each other make a step ten times slower as soon as anything else wants a core (measured: 0.2 to 0.7 s against 5 to 7);
 those that do not spin at all cost a tenth where nothing does. 5,000 turns are some ten microseconds."""
 
