@@ -263,8 +263,8 @@ def test_a_console_line_is_read_back_as_it_was_meant(name: str, formats: list[st
     words = shlex.split(line)
     assert words[:5] == ["python", "-m", "nibble", "quantize", name]
     assert words[5:] == [
-        *(["--low-bit", ",".join(formats)] if formats else []), "--out", out, "--skip", "lm_head", "--skip", "a",
-        "--no-report",
+        *(["--low-bit", ",".join(formats)] if formats else []), *(["--out", out] if out else []),
+        "--skip", "lm_head", "--skip", "a", "--no-report",
     ]  # fmt: skip
 
 

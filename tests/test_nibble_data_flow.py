@@ -96,9 +96,11 @@ def test_a_corpus_gives_back_what_it_took_and_is_split_without_rest(
         corpus.add(sample)
     assert [corpus[place] for place in range(len(corpus))] == [(sample.ids, sample.labels) for sample in given_samples]
     assert corpus.trained(range(len(corpus))) == sum(sum(sample.trained) for sample in given_samples)
-    trained, held = feed.split(len(corpus), share, seed)
+    trained, held = feed.split(corpus, share, seed)
     assert sorted([*trained, *held]) == list(range(len(corpus))) and len(trained) >= 1
-    assert not share or len(corpus) == 1 or len(held) >= 1
+    marks = [corpus.mark(place) for place in range(len(corpus))]
+    assert not {marks[place] for place in trained} & {marks[place] for place in held}
+    assert not share or len(set(marks)) < len(marks) or len(corpus) == 1 or len(held) >= 1
     deck = feed.Deck(corpus, feed.Each(trained, lambda place: (place,)), 3 * len(trained), seed)
     wanted = sorted(corpus[place] for place in trained)
     dealt = [deck[index] for index in range(len(deck))]
