@@ -1,5 +1,6 @@
 """Distances between distributions, beside a plain computation of the same; errors, sizes, sensitivities of layers."""
 
+import gc
 import json
 import math
 import tempfile
@@ -172,7 +173,8 @@ def test_peak_sees_what_was_held_and_given_back() -> None:
 
 def test_weights_in_a_mapped_file_are_counted(guide_model: Path) -> None:
     size = (guide_model / "model.safetensors").stat().st_size
-    before = subject.mapped_weights()  # other tests' models may be mapped still
+    gc.collect()  # other tests' models may be mapped still, and must not go meanwhile
+    before = subject.mapped_weights()
     dense = subject.load(guide_model, {"load_in_low_bit": "bf16"}, CPU)
     subject.speed(dense, [1, 2, 3])
     assert 0.5 * size < subject.mapped_weights() - before < 1.1 * size
@@ -193,7 +195,8 @@ def test_sensitivity_foretells_what_a_layer_costs(
     assert all(row["kl"]["sym_int8"] < row["kl"]["sym_int4"] / 20 for row in rows)
 
     exact = subject.load_exact(guide_model, CPU, trusted=False)
-    for row in (rows[0], rows[-1]):
+    # The least of all costs a millionth of a nat, which is less than what is measured resolves.
+    for row in (rows[0], rows[len(rows) // 2]):
         layer = exact.get_submodule(row["name"])
         rounded = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
         rounded.weight = torch.nn.Parameter(layer.dequantize())

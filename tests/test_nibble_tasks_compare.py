@@ -230,7 +230,7 @@ def test_a_data_set_that_has_changed_is_told(tuned: Path) -> None:
     # What an adapter says of its data is foreign: a path is not followed.
     elsewhere = replace(order, heldout=order.heldout | {"data": "/etc/passwd"})
     found = bench.heldout(elsewhere, reader, find)
-    assert not found.rows and "cannot be made again" in found.why and found.chat is None
+    assert not found.rows and "cannot be made again" in found.why and found.chat is False
 
 
 def report_of(*texts: str) -> dict:
