@@ -147,17 +147,17 @@ class Wiring(Handling):
         spec = checked(fields)
         lines = ["", ""]
         if spec is not None and spec["model"] and spec["data"]:
-            spec |= self.operator.surroundings
+            told_ = spec | self.operator.surroundings
             several = [say_from(request).plain("more_devices"), launch_command("run.yaml")]
             several += [launch_command("run.yaml", 8, machines=2, machine=number) for number in (0, 1)]
-            alone = command("finetune", spec)
+            alone = command("finetune", told_)
             # What is copied whole starts one training.
-            lines = [command("finetune", spec | {"dry_run": True}), "\n# ".join([alone, *several])]
+            lines = [command("finetune", told_ | {"dry_run": True}), "\n# ".join([alone, *several])]
         return {
             self.w.settings.form: gr.update(problems=found),
             self.w.dry.console: lines[0],
             self.w.train.console: lines[1],
-            **await self.scene.dry(say_from(request), checked(fields)),
+            **await self.scene.dry(say_from(request), spec),
         }
 
     # What an operator does.

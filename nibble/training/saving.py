@@ -17,11 +17,11 @@ import peft
 from safetensors.torch import load_file
 
 from nibble import publish
+from nibble.adapters import WEIGHTS
 from nibble.sources.safetensors import TOKENIZER_FILES
 
 KIND = "adapter"
-ADAPTER = "adapter_model.safetensors"
-FILES = ("adapter_config.json", ADAPTER)
+FILES = ("adapter_config.json", WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -79,4 +79,4 @@ def save_adapter(model: peft.PeftModel, folder: Path) -> None:
 
 def load_adapter(model: peft.PeftModel, folder: Path) -> None:
     """Put the numbers of a saved adapter into the one that is on a model."""
-    peft.set_peft_model_state_dict(model, load_file(folder / ADAPTER))
+    peft.set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
